@@ -1,0 +1,107 @@
+"""What all tests share: the golden files, how they are read, and how a number is compared with one of theirs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+GOLDEN_TOLERANCE = 1e-9
+
+GoldenFile = tuple[dict[str, Any], dict[str, torch.Tensor]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "golden_case(*patterns): run once per golden file whose name matches a pattern")
+    # The models of the tests are so small that a second thread costs more than it brings.
+    torch.set_num_threads(1)
+
+
+def find_golden_dir() -> Path:
+    """The folder of golden files: `M2MKD_GOLDEN_DIR` where it is set, the project's own otherwise."""
+    return Path(os.environ.get("M2MKD_GOLDEN_DIR") or Path(__file__).parent / "golden")
+
+
+def golden_files(*patterns: str) -> list[Path]:
+    """The golden files whose names match one of the patterns, sorted by name."""
+    return sorted({path for pattern in patterns for path in find_golden_dir().glob(pattern)})
+
+
+def read_golden_file(path: Path) -> GoldenFile:
+    """Metadata with its JSON decoded, and the tensors, of one golden file."""
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: _decode(text) for key, text in (file.metadata() or {}).items()}
+        return metadata, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """max |actual - expected| / max |expected|; absolute where the expected tensor is zero. NaN counts as infinite."""
+    if expected.numel() == 0:
+        return 0.0
+    # Equal infinities (a log of zero) have no difference; any other one shows up as infinity or NaN.
+    difference = torch.where(actual == expected, torch.zeros_like(expected), (actual - expected).abs())
+    scale = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else expected.new_zeros(())
+    error = difference.max() / scale if scale > 0 else difference.max()
+    return float("inf") if error.isnan() else error.item()
+
+
+def check_golden(actual: torch.Tensor | None, expected: torch.Tensor, name: str) -> None:
+    """Fail unless `actual` has the shape of the golden tensor and its numbers to 1e-9; `None` is a missing gradient."""
+    assert actual is not None, f"{name}: nothing was computed"
+    actual = actual.detach()
+    if expected.shape == (1,) and actual.shape == ():
+        actual = actual.reshape(1)  # a scalar is stored with one element
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, golden {tuple(expected.shape)}"
+    if not expected.is_floating_point():
+        assert torch.equal(actual.to(expected.dtype), expected), f"{name}: other integers than the golden file's"
+        return
+    error = relative_error(actual.to(expected.dtype), expected)
+    assert error < GOLDEN_TOLERANCE, f"{name}: relative error {error:.2e}, allowed {GOLDEN_TOLERANCE:.0e}"
+
+
+def _decode(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text  # a bare word such as the dtype
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    return find_golden_dir()
+
+
+@pytest.fixture(scope="session")
+def read_golden() -> Callable[[Path], GoldenFile]:
+    return read_golden_file
+
+
+@pytest.fixture(scope="session")
+def assert_golden() -> Callable[[torch.Tensor | None, torch.Tensor, str], None]:
+    return check_golden
+
+
+@pytest.fixture(scope="session")
+def golden_manifest(golden_dir: Path) -> dict[str, Any]:
+    """Names and shapes of every tensor in the published models' checkpoints, with their configurations."""
+    return json.loads((golden_dir / "reference_state_manifest.json").read_text())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that is marked `golden_case(patterns...)` and takes `golden_case` once per golden file that matches.
+
+    No file at all is an error of the folder, not an empty test.
+    """
+    marker = metafunc.definition.get_closest_marker("golden_case")
+    if marker is None or "golden_case" not in metafunc.fixturenames:
+        return
+    files = golden_files(*marker.args)
+    if not files:
+        pytest.fail(f"no golden file matches {marker.args} in {find_golden_dir()}", pytrace=False)
+    metafunc.parametrize("golden_case", files, ids=[path.stem for path in files])
