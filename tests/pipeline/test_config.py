@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.pipeline.config import RECIPES, RunConfig, load_config, make_config
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_later_layers_win_over_the_recipe(tmp_path):
+    path = write(tmp_path, "recipe: published\npair: {feature_weight: 1.5}\nteacher: {parts: [2, 2]}\n")
+    config = load_config(path, ["pair.alpha=0.25", "pair.train.steps=7"])
+    assert config.pair.feature_weight == 1.5
+    assert config.pair.prefix == RECIPES["published"]["pair"]["prefix"] == "meta"
+    assert config.student.stitches == "dropped"
+    assert (config.pair.alpha, config.pair.train.steps, config.teacher.parts) == (0.25, 7, [2, 2])
+
+
+def test_the_command_line_may_choose_the_recipe(tmp_path):
+    assert load_config(write(tmp_path, "seed: 3"), ["recipe=published"]).meta.source == "labels"
+    assert load_config(write(tmp_path, "seed: 3")).meta.source == "teacher"
+
+
+def test_resolved_configuration_reads_back(tmp_path):
+    config = make_config([{"seed": 5, "student": {"options": {"num_experts": 4}}}])
+    assert make_config([config.to_dict()]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("pair: {alhpa: 0.5}", [], r"unknown configuration key 'pair.alhpa'; did you mean 'pair.alpha'"),
+        ("", ["pair.train.step=3"], r"did you mean 'pair.train.steps'"),
+        ("recipe: composible", [], r"unknown recipe 'composible'; did you mean 'composable'"),
+        ("arms: [m2mdk]", [], r"unknown arm 'm2mdk'; did you mean 'm2mkd'"),
+        ("student: {stitches: keep}", [], r"unknown student.stitches 'keep'; did you mean 'kept'"),
+        ("pair: {alpha: 2}", [], r"pair.alpha must be between 0 and 1, got 2"),
+        ("e2e: {steps: many}", [], r"many.*e2e.steps"),
+        ("e2e: {batch_size: 0}", [], r"e2e.batch_size must be at least 1, got 0"),
+        ("e2e: {learning_rate: 0}", [], r"e2e.learning_rate must be positive"),
+        ("e2e: {batch_size: 7, mixup: 0.8}", [], r"must be even with mixup"),
+        ("student: {tokens: many}", [], r"student.tokens must be 'teacher' or a positive count, got 'many'"),
+        ("meta: {source: labels}\nteacher: {weights: t.safetensors}", [], r"set meta.source=teacher"),
+        ("- a\n- b", [], r"a configuration is a mapping"),
+        ("a: [", [], r"is no valid YAML"),
+        ("", ["seed"], r"override 'seed' is not of the form key=value"),
+        ("pair: 3", [], r"pair is a section with the keys alpha, .*; got 3"),
+        ("seed: [1]", [], r"configuration: .*seed"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, overrides, message):
+    with pytest.raises(M2MKDError, match=message):
+        load_config(write(tmp_path, text), overrides)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(M2MKDError, match="no configuration file .*nowhere.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=3))
+def test_any_value_of_a_key_is_taken_or_refused_clearly(value):
+    for key in ("seed", "arms", "pair", "student"):
+        try:
+            assert isinstance(make_config([{key: value}]), RunConfig)
+        except M2MKDError as error:
+            assert str(error)
+
+
+@given(st.text(min_size=1))
+def test_unknown_keys_are_errors(key):
+    if key in RunConfig().to_dict():
+        return
+    with pytest.raises(UnknownNameError, match="unknown configuration key"):
+        make_config([{key: 1}])
