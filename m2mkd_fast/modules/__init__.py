@@ -1,0 +1,1 @@
+"""Modules: taking a model apart, and putting modules together."""

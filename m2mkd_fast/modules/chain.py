@@ -1,0 +1,118 @@
+"""A model as an ordered list of modules, each of which maps what its predecessor gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from m2mkd_fast.errors import M2MKDError
+
+
+def in_width(module: nn.Module) -> int | None:
+    """Width of the tokens that a module reads; None for one that reads images, or does not say."""
+    return _width(module, "in_width", "pre_stitch", "in_features")
+
+
+def out_width(module: nn.Module) -> int | None:
+    """Width of the tokens that a module gives; None for one that gives logits, or does not say."""
+    return _width(module, "out_width", "post_stitch", "out_features")
+
+
+def _width(module: nn.Module, attribute: str, stitch_name: str, stitch_attribute: str) -> int | None:
+    if hasattr(module, attribute):
+        return getattr(module, attribute)
+    return getattr(getattr(module, stitch_name, None), stitch_attribute, None)
+
+
+class ModuleChain(nn.Module):
+    """Modules 0 ... L-1 in a row: `forward(x) = stages[L-1](... stages[0](x))`.
+
+    Shapes: images `[B, C, H, W]` in, tokens `[B, N, D_i]` at cut i (between modules i and i+1), logits `[B, classes]`
+    out. Modules are counted from 0; a negative index is an error, because "the last module" means another module as
+    soon as the chain is cut differently.
+
+    Modules are held, not copied: two chains may share one. The constructor raises M2MKDError for an empty chain and for
+    neighbours whose widths differ.
+    """
+
+    def __init__(self, stages: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        if not self.stages:
+            raise M2MKDError("a chain needs at least one module, none was given")
+        for i in range(len(self) - 1):
+            given, read = out_width(self.stages[i]), in_width(self.stages[i + 1])
+            if given is not None and read is not None and given != read:
+                raise M2MKDError(
+                    f"module {i} gives tokens of width {given}, module {i + 1} reads width {read}; stitches between "
+                    "both widths are made by `student_modules(model, parts, cut_widths)`"
+                )
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.stages)
+
+    def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
+        if isinstance(index, slice):
+            for bound in (index.start, index.stop):
+                if bound is not None:
+                    self.check_index(bound, limit=len(self) + 1)
+            return list(self.stages)[index]
+        return self.stages[self.check_index(index)]
+
+    def check_index(self, index: int, limit: int | None = None) -> int:
+        """The index, if it is one of 0 ... limit-1 (limit: the number of modules); else M2MKDError."""
+        limit = len(self) if limit is None else limit
+        if not 0 <= index < limit:
+            hint = f"; the last of {len(self)} modules is {len(self) - 1}" if index < 0 else ""
+            raise M2MKDError(f"module index {index} is not in 0..{limit - 1}{hint}")
+        return index
+
+    def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Apply modules start ... stop-1 to x; none of them where start equals stop."""
+        stop = len(self) if stop is None else self.check_index(stop, limit=len(self) + 1)
+        if self.check_index(start, limit=len(self) + 1) > stop:
+            raise M2MKDError(f"modules {start} to {stop} run backwards; start may be at most stop")
+        for stage in list(self.stages)[start:stop]:
+            x = stage(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of the tokens at each of the L-1 cuts."""
+        widths = []
+        for i in range(len(self) - 1):
+            given = out_width(self.stages[i])
+            width = in_width(self.stages[i + 1]) if given is None else given
+            if width is None:
+                raise M2MKDError(
+                    f"neither module {i} nor module {i + 1} says the width between them; give one an attribute "
+                    "`out_width` or `in_width`"
+                )
+            widths.append(width)
+        return tuple(widths)
+
+    @property
+    def tokens(self) -> tuple[int | None, ...]:
+        """Number of tokens at each of the L-1 cuts, None where the module before the cut does not say."""
+        return tuple(getattr(stage, "tokens", None) for stage in list(self.stages)[:-1])
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the logits that the last module gives."""
+        return self.stages[len(self) - 1].num_classes
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that take no weight decay beside norms and biases: position embeddings and tokens."""
+        return {
+            f"stages.{i}.{name}"
+            for i, stage in enumerate(self.stages)
+            if hasattr(stage, "no_weight_decay")
+            for name in stage.no_weight_decay()
+        }

@@ -1,0 +1,1 @@
+"""Layers with the published constructor arguments and state-dict names."""
