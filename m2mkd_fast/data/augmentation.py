@@ -1,0 +1,126 @@
+"""Random changes of training images: vectorised presets on tensors, and timm's transforms on single pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """The preset "none": images as they are."""
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return images
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The preset "affine": each image rotated, scaled and shifted at random, bilinear, borders repeated.
+
+    `rotation` in radians, `scale` relative, `shift` in units of half the image (as `affine_grid` counts); each is drawn
+    uniformly from plus or minus that much.
+    """
+
+    rotation: float = 0.25
+    scale: float = 0.15
+    shift: float = 0.15
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        draws = torch.rand(len(images), 4, generator=generator) * 2 - 1
+        angle, scale = draws[:, 0] * self.rotation, 1 + draws[:, 1] * self.scale
+        shift = draws[:, 2:] * self.shift
+        cosine, sine = scale * angle.cos(), scale * angle.sin()
+        matrix = torch.stack([cosine, -sine, shift[:, 0], sine, cosine, shift[:, 1]], dim=1).view(-1, 2, 3)
+        grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
+        return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """The preset "crop_flip": borders repeated by `padding` of the image's side, a random crop of the old size, and a
+    left-right flip with probability `flip`."""
+
+    padding: float = 0.125
+    flip: float = 0.5
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        count, _, height, width = images.shape
+        rows = self._positions(count, height, generator)
+        columns = self._positions(count, width, generator)
+        flipped = torch.rand(count, 1, generator=generator) < self.flip
+        columns = torch.where(flipped, columns.flip(1), columns)
+        # An index beyond the border repeats the border's pixel, so no padded copy is needed.
+        picked = images[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        return picked.permute(0, 3, 1, 2).contiguous()
+
+    def _positions(self, count: int, side: int, generator: torch.Generator) -> Tensor:
+        margin = round(self.padding * side)
+        offset = torch.randint(-margin, margin + 1, (count, 1), generator=generator)
+        return (offset + torch.arange(side)).clamp(0, side - 1)
+
+
+class TimmTransform:
+    """The preset "timm": `timm.data.create_transform(is_training=True, ...)` for one picture at a time.
+
+    Options are those of `create_transform`, such as `auto_augment="rand-m9-mstd0.5-inc1"`, `re_prob`, `color_jitter`,
+    `hflip`, `scale`, `ratio`, `interpolation`. It draws from the global random states: run it in `seeded_globals`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        fixed = {"input_size", "is_training", "mean", "std", "use_prefetcher", "separate"} & options.keys()
+        if fixed:
+            raise M2MKDError(f"augmentation 'timm': {', '.join(sorted(fixed))} come(s) from the dataset; leave it out")
+        self.options = options
+
+    def bind(
+        self, image_shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> Callable[[Image.Image], Tensor]:
+        """The transform from a picture to a normalised image [C, H, W]."""
+        if image_shape[0] != 3:
+            raise M2MKDError(
+                f"augmentation 'timm' works on 3 channels and the dataset has {image_shape[0]}; create the dataset with "
+                "in_chans=3, or use 'affine', 'crop_flip' or 'none'"
+            )
+        from timm.data import create_transform
+
+        try:
+            return create_transform(image_shape, is_training=True, mean=mean, std=std, **self.options)
+        except (TypeError, AssertionError, ValueError) as error:
+            raise M2MKDError(
+                f"augmentation 'timm' with {self.options}: timm.data.create_transform says {error}"
+            ) from error
+
+
+PRESETS: dict[str, type] = {"none": Unchanged, "affine": Affine, "crop_flip": CropFlip, "timm": TimmTransform}
+Augmentation = Unchanged | Affine | CropFlip | TimmTransform
+
+
+def create_augmentation(spec: str | Mapping[str, Any]) -> Augmentation:
+    """A preset by name ("affine") or with options ({"name": "affine", "rotation": 0.1}).
+
+    Raises UnknownNameError for an unknown preset or option.
+    """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name", None)
+    if name not in PRESETS:
+        raise UnknownNameError("augmentation", str(name), PRESETS)
+    preset = PRESETS[name]
+    if preset is not TimmTransform:
+        known = [option.name for option in fields(preset)]
+        for option, value in options.items():
+            if option not in known:
+                raise UnknownNameError(f"option of augmentation {name!r}:", option, known)
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise M2MKDError(f"augmentation {name!r}: {option}={value!r} must be a number from 0 to 1")
+    return preset(**options)

@@ -1,0 +1,165 @@
+"""Batches as pure functions of (seed, t): any batch can be made at any time, in any process, bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from m2mkd_fast.data.augmentation import TimmTransform, create_augmentation
+from m2mkd_fast.data.image_dataset import Split
+from m2mkd_fast.data.seeds import derive_seed, derived_generator, seeded_globals
+from m2mkd_fast.errors import M2MKDError
+
+Batch = tuple[Tensor, Tensor]
+
+
+# Two entries: a batch may cross from one epoch to the next.
+@functools.lru_cache(maxsize=2)
+def _epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(size, generator=derived_generator(seed, "order", epoch))
+
+
+def batch_indices(size: int, *, batch_size: int, seed: int, t: int) -> Tensor:
+    """Image indices int64 [batch_size] of batch `t` from `size` images.
+
+    The epochs' permutations, each of all `size` images, stand one after another; batch `t` is the stretch
+    [t * batch_size, (t + 1) * batch_size) of it. No image is dropped, and a batch may cross epochs.
+    """
+    first, end = t * batch_size, (t + 1) * batch_size
+    return torch.cat(
+        [
+            _epoch_order(size, seed, epoch)[max(first - epoch * size, 0) : end - epoch * size]
+            for epoch in range(first // size, (end - 1) // size + 1)
+        ]
+    )
+
+
+class TrainBatchSource(Dataset):
+    """Random access to training batches: `source[t]` depends on the arguments and `t` alone."""
+
+    def __init__(
+        self, split: Split, *, batch_size: int, seed: int, augmentation: str | Mapping[str, Any] = "none"
+    ) -> None:
+        _check_batch(split, batch_size)
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.augmentation = create_augmentation(augmentation)
+        if isinstance(self.augmentation, TimmTransform):
+            self._transform = self.augmentation.bind(split.image_shape, split.mean, split.std)
+
+    def __getitem__(self, t: int) -> Batch:
+        indices = batch_indices(len(self.split), batch_size=self.batch_size, seed=self.seed, t=t)
+        if isinstance(self.augmentation, TimmTransform):
+            return self._transformed(t, indices)
+        images, labels = self.split.load(indices, replace_unreadable=True)
+        return self.augmentation(images, derived_generator(self.seed, "augmentation", t)), labels
+
+    def _transformed(self, t: int, indices: Tensor) -> Batch:
+        images, labels = [], []
+        for position, index in enumerate(indices.tolist()):
+            picture, label = self.split.picture(index)
+            with seeded_globals(derive_seed(self.seed, "augmentation", t, position)):
+                images.append(self._transform(picture))
+            labels.append(label)
+        return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+
+
+class _EvalBatchSource(Dataset):
+    def __init__(self, split: Split, batch_size: int) -> None:
+        _check_batch(split, batch_size)
+        self.split, self.batch_size = split, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.split) / self.batch_size)
+
+    def __getitem__(self, t: int) -> Batch:
+        first = t * self.batch_size
+        return self.split.load(torch.arange(first, min(first + self.batch_size, len(self.split))))
+
+
+class _ErrorsAsValues(Dataset):
+    """Hands an error of ours over as a value: a worker process would bury its message in a foreign traceback."""
+
+    def __init__(self, source: Dataset) -> None:
+        self.source = source
+
+    def __getitem__(self, t: int) -> Batch | M2MKDError:
+        try:
+            return self.source[t]
+        except M2MKDError as error:
+            return error
+
+
+def _check_batch(split: Split, batch_size: int) -> None:
+    if batch_size < 1:
+        raise M2MKDError(f"batch_size={batch_size}: it must be at least 1")
+    if not len(split):
+        raise M2MKDError(f"split {split.name!r} has no images; batches need at least one")
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _iterate(source: Dataset, steps: range, num_workers: int) -> Iterator[Batch]:
+    if num_workers == 0:
+        for t in steps:
+            yield source[t]
+        return
+    loader = DataLoader(
+        _ErrorsAsValues(source),
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        # Without a generator of its own the loader draws from the caller's global state.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, M2MKDError):
+            raise batch
+        yield batch
+
+
+def train_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    stop: int,
+    augmentation: str | Mapping[str, Any] = "none",
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """Training batches t = start … stop - 1: images float32 [batch_size, C, H, W], labels int64 [batch_size].
+
+    Batch t is a function of (split, batch_size, seed, augmentation, t), bit for bit, whatever `start`, the number of
+    worker processes or the global random states, which stay untouched. Every epoch shows each image once; batches may
+    cross epochs. Batches before `start` cost nothing.
+
+    `augmentation` is a preset's name or a mapping with "name" and options: see `create_augmentation`.
+
+    Raises M2MKDError for an empty split or impossible numbers, at the call and not at the first batch.
+    """
+    if not 0 <= start <= stop:
+        raise M2MKDError(f"start={start}, stop={stop}: batches need 0 <= start <= stop")
+    _check_workers(num_workers)
+    source = TrainBatchSource(split, batch_size=batch_size, seed=seed, augmentation=augmentation)
+    return _iterate(source, range(start, stop), num_workers)
+
+
+def eval_batches(split: Split, batch_size: int, *, num_workers: int = 0) -> Iterator[Batch]:
+    """All images of `split` once, in order, unaugmented; the last batch may be smaller. Unreadable images are left out."""
+    _check_workers(num_workers)
+    source = _EvalBatchSource(split, batch_size)
+    return _iterate(source, range(len(source)), num_workers)
+
+
+def _check_workers(num_workers: int) -> None:
+    if num_workers < 0:
+        raise M2MKDError(f"num_workers={num_workers}: 0 (this process) or more")
