@@ -168,7 +168,12 @@ class TransformerStage(VisionTransformer):
         stage.start, stage.stop = start, start + depth
         _remove_dropout(stage)
         stage.init_weights(needs_reset=True)
-        return stage.requires_grad_(True)
+        return stage.requires_grad_(True).train()
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        if self.dist_token is not None:
+            nn.init.trunc_normal_(self.dist_token, std=0.02)
+        super().init_weights(mode=mode, needs_reset=needs_reset)
 
     def fix_init_weight(self) -> None:
         with torch.no_grad():

@@ -1,0 +1,149 @@
+"""Put taught student modules together, with their stitches or without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.modules.chain import ModuleChain
+from m2mkd_fast.modules.split import split
+from m2mkd_fast.modules.state import is_stitch, load_strict
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """An assembled model, and where each of its tensors comes from.
+
+    Attributes:
+        model: the assembled model.
+        origins: for every name in the model's state dict `"slot <i>: <name in module i>"`, or `"initial"` for a tensor
+            that no module filled and that therefore is what it was in `into`.
+    """
+
+    model: nn.Module
+    origins: dict[str, str]
+
+    @property
+    def initial(self) -> tuple[str, ...]:
+        """Names of the tensors that no module filled."""
+        return tuple(name for name, origin in self.origins.items() if origin == "initial")
+
+
+def assemble(
+    modules: Sequence[nn.Module],
+    into: nn.Module | None = None,
+    stitches: Literal["kept", "dropped"] = "dropped",
+    strict: bool = True,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> Assembly:
+    """Put modules 0 ... L-1 together into one model.
+
+    Args:
+        modules: the modules in order, as `student_modules` made them.
+        into: with stitches dropped, the full model that receives the modules' tensors; it is changed in place.
+        stitches: "kept": the model is the chain of the modules as they are, teacher-wide between them. "dropped": all
+            tensors but the stitches are copied into `into`, as published.
+        strict: whether a tensor of `into` that no module fills and a tensor of a module that has no place in `into` are
+            errors. A misshapen one is always an error.
+        allow_missing: shell patterns of names in `into` that no module needs to fill.
+        allow_unexpected: shell patterns of names in a module that need no place in `into`.
+
+    Raises:
+        M2MKDError: modules out of order; missing, unexpected or misshapen tensors, each named with its slot; `into`
+            missing or given in the wrong place.
+    """
+    if stitches not in ("kept", "dropped"):
+        raise M2MKDError(f"stitches are {stitches!r}; say 'kept' or 'dropped'")
+    for i, module in enumerate(modules):
+        slot = getattr(module, "slot", None)
+        if slot is not None and slot != i:
+            raise M2MKDError(f"module {i} of the list was made for slot {slot}; give the modules in the order of slots")
+    if stitches == "kept":
+        if into is not None:
+            raise M2MKDError("kept stitches make a chain of the modules themselves; leave `into` out, or drop stitches")
+        chain = ModuleChain(modules)
+        origins = {name: _chain_origin(name) for name in chain.state_dict()}
+        return Assembly(chain, origins)
+    if into is None:
+        raise M2MKDError("dropped stitches need the full model that receives the modules' tensors; give `into`")
+    if not strict:
+        allow_missing = allow_unexpected = ("*",)
+    if hasattr(into, "module_key"):
+        return _into_circuit(modules, into, tuple(allow_missing), tuple(allow_unexpected))
+    return _into_transformer(modules, into, tuple(allow_missing), tuple(allow_unexpected))
+
+
+def _into_transformer(
+    modules: Sequence[nn.Module], into: nn.Module, allow_missing: tuple[str, ...], allow_unexpected: tuple[str, ...]
+) -> Assembly:
+    for i, module in enumerate(modules):
+        if not hasattr(module, "blocks"):
+            raise M2MKDError(
+                f"module {i} is a {type(module).__name__}, which has no blocks for a {type(into).__name__}"
+            )
+    chain = split(into, [len(module.blocks) for module in modules])
+    full = into.state_dict(keep_vars=True)
+    full_names: dict[int, list[str]] = {}
+    for name, tensor in full.items():
+        full_names.setdefault(id(tensor), []).append(name)
+    moved: dict[str, Tensor] = {}
+    origins = dict.fromkeys(full, "initial")
+    unexpected: list[tuple[str, Tensor]] = []
+    for i, (module, view) in enumerate(zip(modules, chain, strict=True)):
+        places = view.state_dict(keep_vars=True)
+        for key, tensor in module.state_dict().items():
+            if is_stitch(key):
+                continue
+            if key not in places:
+                unexpected.append((f"slot {i}: {key}", tensor))
+                continue
+            for name in full_names[id(places[key])]:
+                moved[name] = tensor
+                origins[name] = f"slot {i}: {key}"
+    return _loaded(into, moved, origins, unexpected, allow_missing, allow_unexpected)
+
+
+def _into_circuit(
+    modules: Sequence[nn.Module], into: nn.Module, allow_missing: tuple[str, ...], allow_unexpected: tuple[str, ...]
+) -> Assembly:
+    """The circuit itself knows the place of a module's tensor: `module_key(index, key, num_modules)`, None for none."""
+    full = into.state_dict(keep_vars=True)
+    moved: dict[str, Tensor] = {}
+    origins = dict.fromkeys(full, "initial")
+    unexpected: list[tuple[str, Tensor]] = []
+    for i, module in enumerate(modules):
+        for key, tensor in module.state_dict().items():
+            name = into.module_key(i, key, len(modules))
+            if name is None:
+                continue
+            if name not in full:
+                unexpected.append((f"slot {i}: {key}", tensor))
+                continue
+            moved[name] = tensor
+            origins[name] = f"slot {i}: {key}"
+    return _loaded(into, moved, origins, unexpected, allow_missing, allow_unexpected)
+
+
+def _loaded(
+    into: nn.Module,
+    moved: dict[str, Tensor],
+    origins: dict[str, str],
+    unexpected: list[tuple[str, Tensor]],
+    allow_missing: tuple[str, ...],
+    allow_unexpected: tuple[str, ...],
+) -> Assembly:
+    # An unexpected tensor travels under the name of its slot, so that the one error of load_strict lists it as well.
+    patterns = tuple(f"slot *: {pattern}" for pattern in allow_unexpected)
+    filled = {name: origin for name, origin in origins.items() if origin != "initial"}
+    load_strict(into, moved | dict(unexpected), "the list of student modules", allow_missing, patterns, filled)
+    return Assembly(into, origins)
+
+
+def _chain_origin(name: str) -> str:
+    _, slot, key = name.split(".", 2)
+    return f"slot {slot}: {key}"

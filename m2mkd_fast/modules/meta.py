@@ -1,0 +1,107 @@
+"""The meta model: a shallow stand-in for every module, inside which single modules are trained and taught."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.modules.chain import ModuleChain, in_width, out_width
+
+
+def meta_model(chain: ModuleChain, depth: int | Sequence[int] = 1) -> ModuleChain:
+    """A chain with as many modules as the given one, each of `depth[i]` fresh blocks (one number: the same in all).
+
+    Width, heads, MLP, norms, tokens, image geometry and classes are those of the given chain, usually the teacher's;
+    there is no dropout and no stochastic depth, as published (Deep Incubation, arXiv 2212.04129). The initialisation is
+    timm's and a function of torch's generator alone: `torch.manual_seed` before the call makes it repeatable.
+
+    Raises:
+        M2MKDError: the chain is not one that `split` made, or has stitches, or the depths do not fit it.
+    """
+    from m2mkd_fast.models.transformer_stage import TransformerStage
+
+    depths = [depth] * len(chain) if isinstance(depth, int) else list(depth)
+    if len(depths) != len(chain) or min(depths) < 1:
+        raise M2MKDError(
+            f"meta depths {depths} do not fit a chain of {len(chain)} modules; give one positive number of blocks for "
+            "all of them, or one each"
+        )
+    for i, stage in enumerate(chain):
+        if not isinstance(stage, TransformerStage):
+            raise M2MKDError(f"module {i} is a {type(stage).__name__}; a meta model is made from a chain of `split`")
+        if any(name.split(".")[-1] in ("pre_stitch", "post_stitch") for name, _ in stage.named_modules()):
+            raise M2MKDError(f"module {i} has stitches; make the meta model from the teacher's chain")
+    stages = [stage.fresh(depths[i], start=sum(depths[:i])) for i, stage in enumerate(chain)]
+    for slot, stage in enumerate(stages):
+        stage.slot = slot
+    return ModuleChain(stages)
+
+
+def hybrid(meta: ModuleChain, index: int, module: nn.Module) -> ModuleChain:
+    """The meta model with module `index` replaced: `M[L-1] ... M[index+1] · module · M[index-1] ... M[0]`.
+
+    All modules are shared with the arguments, not copied. Raises M2MKDError where the module was made for another slot,
+    or its widths or classes are not those of the slot.
+    """
+    meta.check_index(index)
+    problems = _slot_problems(meta, index, module, "the module")
+    if problems:
+        raise M2MKDError("; ".join(problems))
+    return ModuleChain([module if i == index else stage for i, stage in enumerate(meta)])
+
+
+def check_compatible(teacher: ModuleChain, meta: ModuleChain, students: Sequence[nn.Module]) -> None:
+    """Raise one M2MKDError that lists everything that does not fit between teacher, meta model and student modules.
+
+    Checked: the number of modules, the widths at each cut, the slot each module was made for, the number of classes,
+    and the image geometry. Nothing is computed, so this comes before any training.
+    """
+    problems = []
+    if not len(teacher) == len(meta) == len(students):
+        problems.append(
+            f"the teacher has {len(teacher)} modules, the meta model {len(meta)} and the student {len(students)}; "
+            "cut all three into the same number"
+        )
+    else:
+        for i in range(len(meta)):
+            problems += _slot_problems(meta, i, teacher[i], f"teacher module {i}")
+            problems += _slot_problems(meta, i, students[i], f"student module {i}")
+    if problems:
+        raise M2MKDError("teacher, meta model and student do not fit: " + "; ".join(problems))
+
+
+def _slot_problems(meta: ModuleChain, index: int, module: nn.Module, what: str) -> list[str]:
+    problems = []
+    slot = getattr(module, "slot", None)
+    if slot is not None and slot != index:
+        problems.append(f"{what} was made for slot {slot}, not for slot {index}")
+    place = meta[index]
+    for side, width in (("reads", in_width), ("gives", out_width)):
+        # The ends of the chain have no width: images come in, logits go out.
+        if width(module) != width(place):
+            problems.append(
+                f"{what} {side} {_described(width(module), side)} where the meta model's module {index} {side} "
+                f"{_described(width(place), side)} (the student's stitches take `cut_widths=meta.widths`)"
+            )
+    facts = []
+    if index == 0:
+        facts.append(("image_shape", "images of shape (channels, height, width)"))
+    if index == len(meta) - 1:
+        facts.append(("num_classes", "this number of classes:"))
+    for fact, meaning in facts:
+        theirs, ours = getattr(module, fact, None), getattr(place, fact)
+        if theirs is not None and _comparable(theirs) != _comparable(ours):
+            problems.append(f"{what} is for {meaning} {theirs}, the meta model for {ours}")
+    return problems
+
+
+def _comparable(value: int | Sequence[int]) -> int | tuple[int, ...]:
+    return value if isinstance(value, int) else tuple(value)
+
+
+def _described(width: int | None, side: str) -> str:
+    if width is not None:
+        return f"tokens of width {width}"
+    return "images" if side == "reads" else "logits"
