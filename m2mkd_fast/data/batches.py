@@ -157,7 +157,8 @@ def eval_batches(split: Split, batch_size: int, *, num_workers: int = 0) -> Iter
     """All images of `split` once, in order, unaugmented; the last batch may be smaller. Unreadable images are left out."""
     _check_workers(num_workers)
     source = _EvalBatchSource(split, batch_size)
-    return _iterate(source, range(len(source)), num_workers)
+    batches = _iterate(source, range(len(source)), num_workers)
+    return (batch for batch in batches if len(batch[1]))
 
 
 def _check_workers(num_workers: int) -> None:
