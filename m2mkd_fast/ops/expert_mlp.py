@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, get_args
 
 import torch
@@ -32,9 +33,9 @@ def expert_mlp(
         y_t = \sum_{n:\, \mathrm{token}_n = t} \mathrm{weight}_n \left(
             W^{down}_{e_n}\, \phi(W^{up}_{e_n} x_t + b^{up}_{e_n}) + b^{down}_{e_n} \right)
 
-    over the rows n of the assignment. A token without rows (all its choices were dropped) gets zero. Every product runs in
-    the dtype of ``x``, or under autocast in the autocast dtype; the weighted sum in the wider of that and the dtype of
-    ``assignment.weight``, rounded once at the end.
+    over the rows n of the assignment. A token without rows (all its choices were dropped) gets zero. Every product
+    runs in the dtype of ``x``, or under autocast in the autocast dtype; the weighted sum in the wider of that and the
+    dtype of ``assignment.weight``, rounded once at the end.
 
     Args:
         x: ``[T, D]`` tokens.
@@ -84,8 +85,8 @@ def expert_mlp_reference(
     """:func:`expert_mlp` in plain PyTorch, without its checks and its autocast.
 
     In eager mode each expert gets a contiguous slice of the sorted rows; that reads the E offsets back from the device.
-    Under ``torch.compile`` nothing is read back: grouped products where PyTorch has them for the dtype and the strides, and
-    otherwise every expert on every token.
+    Under ``torch.compile`` nothing is read back: grouped products where PyTorch has them for the dtype and the
+    strides, and otherwise every expert on every token.
     """
     args = (x, assignment, up_weight, up_bias, down_weight, down_bias, activation, dropout)
     if not torch.compiler.is_compiling():
@@ -112,7 +113,7 @@ def _by_slices(
     outputs = [
         _mlp(expert_rows, up, up_b, down, down_b, activation, dropout)
         for expert_rows, up, up_b, down, down_b in zip(
-            rows.split([stop - start for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]),
+            rows.split([stop - start for start, stop in itertools.pairwise(offsets)]),
             up_weight.unbind(),
             up_bias.unbind() if up_bias is not None else [None] * experts,
             down_weight.unbind(),
@@ -144,7 +145,9 @@ def _by_grouped_products(
         out = F.grouped_mm(torch.where(used, rows, 0.0), matrices.transpose(1, 2), offs=stops)
         return torch.where(used, out if bias is None else out + bias.index_select(0, expert), 0.0)
 
-    hidden = F.dropout(_activate(product(_Gather.apply(x, token, place, True), up_weight, up_bias), activation), dropout[0])
+    hidden = F.dropout(
+        _activate(product(_Gather.apply(x, token, place, True), up_weight, up_bias), activation), dropout[0]
+    )
     weighted = F.dropout(product(hidden, down_weight, down_bias), dropout[1]) * weight.unsqueeze(1)
     return _Combine.apply(weighted, token, place, x.shape[0], True).to(x.dtype)
 
@@ -200,7 +203,7 @@ def _grouped_products_fit(x: Tensor, up_weight: Tensor, down_weight: Tensor) -> 
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of tokens. Written by hand because the derived gradient scatters row by row: slow, and on a GPU in any order."""
+    """Rows of tokens. By hand, because the derived gradient scatters row by row: slow, and on a GPU in any order."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, token: Tensor, place: Tensor, dropped: bool) -> Tensor:
