@@ -89,8 +89,8 @@ class TimmTransform:
         """The transform from a picture to a normalised image [C, H, W]."""
         if image_shape[0] != 3:
             raise M2MKDError(
-                f"augmentation 'timm' works on 3 channels and the dataset has {image_shape[0]}; create the dataset with "
-                "in_chans=3, or use 'affine', 'crop_flip' or 'none'"
+                f"augmentation 'timm' works on 3 channels and the dataset has {image_shape[0]}; create the dataset "
+                "with in_chans=3, or use 'affine', 'crop_flip' or 'none'"
             )
         from timm.data import create_transform
 

@@ -154,7 +154,10 @@ def train_batches(
 
 
 def eval_batches(split: Split, batch_size: int, *, num_workers: int = 0) -> Iterator[Batch]:
-    """All images of `split` once, in order, unaugmented; the last batch may be smaller. Unreadable images are left out."""
+    """All images of `split` once, in order, unaugmented, in batches of which the last may be smaller.
+
+    Images that cannot be decoded are left out.
+    """
     _check_workers(num_workers)
     source = _EvalBatchSource(split, batch_size)
     batches = _iterate(source, range(len(source)), num_workers)

@@ -36,8 +36,8 @@ class UnreadableImages:
         count = int(self.flags.sum())
         if count > self.limit:
             raise M2MKDError(
-                f"cannot read image {path} ({reason}); with it {count} images are unreadable and max_unreadable={self.limit}. "
-                "Repair or remove them, or raise max_unreadable"
+                f"cannot read image {path} ({reason}); with it {count} images are unreadable and "
+                f"max_unreadable={self.limit}. Repair or remove them, or raise max_unreadable"
             )
         warnings.warn(
             f"cannot read image {path} ({reason}); skipped, {count} of at most {self.limit}",
@@ -88,7 +88,7 @@ class FileSplit(Split):
             with Image.open(path) as image:
                 return image.convert("L" if self.image_shape[0] == 1 else "RGB") if decode else image
         # Pillow raises nearly anything for a damaged file, SyntaxError and struct.error among them.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self._unreadable.add(self._offset + index, path, error)
             return None
 

@@ -36,8 +36,8 @@ class Split(ABC):
         channels = image_shape[0]
         if len(mean) != channels or len(std) != channels:
             raise M2MKDError(
-                f"split {name!r} has {channels} channel(s) but {len(mean)} mean(s) and {len(std)} standard deviation(s); "
-                "give one of each per channel"
+                f"split {name!r} has {channels} channel(s) but {len(mean)} mean(s) and {len(std)} standard "
+                "deviation(s); give one of each per channel"
             )
         self.name, self.labels, self.num_classes, self.image_shape = name, labels, num_classes, image_shape
         self.mean, self.std = tuple(mean), tuple(std)
@@ -71,7 +71,7 @@ class Split(ABC):
 
     @abstractmethod
     def picture(self, index: int) -> tuple[Image.Image, int]:
-        """The image `index` as PIL sees it, before any resizing, with its label; the next readable one if unreadable."""
+        """The image `index` before any resizing, with its label, or if it cannot be decoded the next one that can."""
 
     @abstractmethod
     def content_hash(self) -> str:

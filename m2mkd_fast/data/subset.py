@@ -33,8 +33,8 @@ def choose_images(
         of_class = torch.nonzero(labels == label).flatten()
         if not 1 <= images_per_class <= len(of_class):
             raise M2MKDError(
-                f"images_per_class={images_per_class} for dataset {dataset!r}: class {label} has {len(of_class)} training "
-                f"image(s); choose from 1 to {len(of_class)}"
+                f"images_per_class={images_per_class} for dataset {dataset!r}: class {label} has {len(of_class)} "
+                f"training image(s); choose from 1 to {len(of_class)}"
             )
         order = torch.randperm(len(of_class), generator=derived_generator(seed, "images per class", label))
         chosen.append(of_class[order[:images_per_class]])

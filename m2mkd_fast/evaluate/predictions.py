@@ -54,7 +54,7 @@ def predict(
     class_mask: Tensor | Sequence[bool] | Sequence[int] | None = None,
     num_workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits [B, C] and labels [B] of every batch of `split`, both on `device`, by default where the model's parameters are.
+    """Logits [B, C] and labels [B] of every batch of `split`, both on `device`, by default that of the parameters.
 
     With `class_mask` the logits of the other classes are minus infinity; labels stay in the model's numbering.
 

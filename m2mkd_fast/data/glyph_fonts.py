@@ -1,0 +1,121 @@
+"""The fonts and characters of the glyphs dataset: which there are, and what they look like when drawn large."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from m2mkd_fast.errors import M2MKDError
+
+# Characters whose shapes differ in every font, also when slanted, scaled and shifted: no small letter that is its
+# capital at another size (c, o, s …), no 1 l I |, O 0 together, no Greek, Cyrillic or phonetic letter that looks Latin.
+# The order makes any first n of them a sensible task; those with accents are the hardest and come last.
+CHARACTERS = (
+    "0123456789"
+    "ABDEFGHJKLMNPQRTUWXYZCSV"
+    "abdefghmnrty"
+    "&@#%?!+=*"
+    "ΓΔΛΞΠΣΦΨΩ"
+    "БДЖЛЦЧШЭЮЯИЫ"
+    "αγδεζλξπσω"
+    "ЂЊЉъ"
+    "┌┐└┘├┤┬┴"
+    "ÆÞßæŒœŁłÐ"
+    "¥£€¢§¶©®™‰†‡÷±"
+    "{}()[]<>/\\$~^"
+    "╔╗╚╝╠╣╦╩╬"
+    "«»¿¡¤№∂ƒ"
+    "ɐɒɔəɤɥɮʁʃʘʞ"
+    "ÄÀÂÃÅÇÉÊËÑÔÕŠŽŸÜÛŘÚŐĞ"
+    "ЇЙЩäåéêñğűř"
+    "đħŧŤĶĎ"
+)
+TRAIN_FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansMono-Oblique",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "DejaVuSerif-BoldItalic",
+)
+OOD_FONTS = (
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralItalic",
+    "STIXGeneralBolIta",
+)
+# TeX's fonts name all of ASCII in their tables, but draw other things in several places: letters and digits are safe.
+OOD_FONTS_LATIN = ("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")
+
+
+def font_path(name: str) -> Path:
+    """The file of a font that comes with matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise M2MKDError(
+            f"the glyphs dataset draws with matplotlib's fonts: pip install matplotlib ({error})"
+        ) from error
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+    if not path.is_file():
+        raise M2MKDError(f"the font {path} is missing; reinstall matplotlib, which brings it")
+    return path
+
+
+@functools.lru_cache(maxsize=32)
+def characters_of(name: str) -> frozenset[int]:
+    """The code points that a font has."""
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(str(font_path(name))).get_charmap())
+
+
+def fonts_for(characters: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Fonts to train on and fonts held out, every one of which has all of `characters`.
+
+    Raises M2MKDError for a character that a training font, or every held-out font, lacks.
+    """
+    for font in TRAIN_FONTS + OOD_FONTS:
+        for character in characters:
+            if ord(character) not in characters_of(font):
+                raise M2MKDError(f"the font {font} has no character {character!r}; choose other characters")
+    plain = all(character.isascii() and character.isalnum() for character in characters)
+    return TRAIN_FONTS, OOD_FONTS + (OOD_FONTS_LATIN if plain else ())
+
+
+def draw_masters(fonts: Sequence[str], characters: Sequence[str], side: int) -> Tensor:
+    """Each character drawn once in each font: float32 [fonts, characters, 1, side, side], 0 for paper, 1 for ink.
+
+    A font's characters share one size, in which most fill about two thirds of the side; each is centred by its ink and
+    shrunk where it would not leave a margin of an eighth. Relative sizes within a font stay, but for those.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    masters = torch.empty(len(fonts), len(characters), 1, side, side)
+    room = side - 2 * (side // 8)
+    for row, font in enumerate(fonts):
+        path = str(font_path(font))
+        for column, character in enumerate(characters):
+            points = round(0.85 * side)
+            while True:
+                face = ImageFont.truetype(path, points)
+                left, top, right, bottom = face.getbbox(character)
+                if max(right - left, bottom - top) <= room:
+                    break
+                points = min(points - 1, int(points * room / max(right - left, bottom - top)))
+            image = Image.new("L", (side, side), 0)
+            corner = ((side - right - left) / 2, (side - bottom - top) / 2)
+            ImageDraw.Draw(image).text(corner, character, fill=255, font=face)
+            values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            masters[row, column, 0] = values.view(side, side).to(torch.float32) / 255
+    return masters
