@@ -7,7 +7,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .._extension import why_missing
+from ..backend import device_reason, select_backend
 from ..errors import M2MKDError, UnknownNameError
 
 Gate = Literal["softmax_top_k", "top_k_softmax", "experts_choose"]
@@ -98,6 +101,11 @@ def route(
     al. 2022, "Mixture-of-Experts with Expert Choice Routing"; Lo et al. 2024, "m2mKD".
     """
     scores = _checked_scores(logits, noise, top_k, gate, capacity, batch_priority)
+    if gate == "experts_choose":
+        top_k = 0
+    backend = select_backend("route", {"cpu": _why_not_cpu(scores), "cuda": _why_not_cuda(scores, top_k)})
+    if backend != "reference":
+        return Assignment(*_Route.apply(scores, top_k, gate, capacity, batch_priority))
     return route_reference(scores, top_k=top_k, gate=gate, capacity=capacity, batch_priority=batch_priority)
 
 
@@ -195,3 +203,56 @@ def _checked_scores(
     if noise is not None:
         scores = scores + noise.to(precision)
     return scores.unsqueeze(0) if scores.dim() == 2 else scores
+
+
+class _Route(torch.autograd.Function):
+    """The compiled forward and backward; which of them, CPU or CUDA, the dispatcher tells from the tensors."""
+
+    @staticmethod
+    def forward(ctx, scores, top_k, gate, capacity, batch_priority):
+        assignment = Assignment(*torch.ops.m2mkd_fast._route_forward(scores, top_k, gate, capacity, batch_priority))
+        ctx.save_for_backward(assignment.gates, assignment.token, assignment.expert, assignment.offsets)
+        ctx.mark_non_differentiable(assignment.token, assignment.expert, assignment.offsets, assignment.place)
+        ctx.set_materialize_grads(False)
+        return tuple(assignment)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_token, grad_expert, grad_weight, grad_offsets, grad_place, grad_gates):
+        if grad_weight is None and grad_gates is None:
+            return None, None, None, None, None
+        grad_scores = torch.ops.m2mkd_fast._route_backward(grad_weight, grad_gates, *ctx.saved_tensors)
+        return grad_scores, None, None, None, None
+
+
+def _why_not_cpu(scores: Tensor) -> str | None:
+    return device_reason(scores, "cpu") or why_missing("_C")
+
+
+def _why_not_cuda(scores: Tensor, top_k: int) -> str | None:
+    reason = device_reason(scores, "cuda") or why_missing("_C_cuda")
+    if reason is None and (scores.shape[-1] > 256 or top_k > 8):
+        reason = f"the kernel holds up to 256 experts and top_k 8, not {scores.shape[-1]} and {top_k}"
+    return reason
+
+
+if why_missing("_C") is None:
+
+    @torch.library.register_fake("m2mkd_fast::_route_forward")
+    def _route_forward_fake(scores, top_k, gate, capacity, batch_priority):
+        groups, tokens, experts = scores.shape
+        rows = groups * experts * capacity if gate == "experts_choose" else groups * tokens * top_k
+        choices = 0 if gate == "experts_choose" else top_k
+        index = {"dtype": torch.int64, "device": scores.device}
+        return (
+            torch.empty(rows, **index),
+            torch.empty(rows, **index),
+            scores.new_empty(rows),
+            torch.empty(experts + 1, **index),
+            torch.empty(groups * tokens, choices, **index),
+            torch.empty_like(scores, memory_format=torch.contiguous_format),
+        )
+
+    @torch.library.register_fake("m2mkd_fast::_route_backward")
+    def _route_backward_fake(grad_weight, grad_gates, gates, token, expert, offsets):
+        return torch.empty_like(gates)

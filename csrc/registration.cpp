@@ -1,0 +1,22 @@
+// Schemas of every private op, and the module object that makes importing m2mkd_fast._C load them.
+//
+// An op's kernels register themselves in cpu/<op>.cpp and cuda/<op>.cu; its fake function and its autograd are in
+// m2mkd_fast/ops/<op>.py. Names start with an underscore: without the autograd.Function around them these ops have no gradient.
+
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(m2mkd_fast, m) {
+  m.def(
+      "_route_forward(Tensor scores, int top_k, str gate, int? capacity, bool batch_priority)"
+      " -> (Tensor token, Tensor expert, Tensor weight, Tensor offsets, Tensor place, Tensor gates)");
+  m.def(
+      "_route_backward(Tensor? grad_weight, Tensor? grad_gates, Tensor gates, Tensor token, Tensor expert, Tensor offsets)"
+      " -> Tensor");
+}
+
+extern "C" PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
