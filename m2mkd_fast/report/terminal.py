@@ -1,0 +1,36 @@
+"""The run on one terminal screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from m2mkd_fast.report.markdown import main_table
+from m2mkd_fast.report.results import collect_results
+from m2mkd_fast.report.run_folder import read_run
+
+_SHORT_HEADS = {"cold accuracy, stitches kept / dropped (%)": "cold, kept / dropped (%)"}
+_MOST_MISSING = 3
+
+
+def summary_table(run_folder: str | Path) -> Table:
+    """The arms' table of the report, for `rich.print`; below it the steps that are missing.
+
+    Raises:
+        M2MKDError: as `read_run`.
+    """
+    results = collect_results([read_run(run_folder)])
+    heads, rows = main_table(results)
+    table = Table(title=f"Run {results['runs'][0]['folder']}", title_justify="left", title_style="bold")
+    for index, head in enumerate(heads):
+        table.add_column(_SHORT_HEADS.get(head, head), justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell.strip("*")) for cell in row), style="bold" if row[0] == "m2mkd" else None)
+    missing = results["runs"][0]["missing"]
+    if missing:
+        left = len(missing) - _MOST_MISSING
+        table.caption = "; ".join(missing[:_MOST_MISSING]) + (f"; and {left} more" if left > 0 else "")
+        table.caption_justify = "left"
+    return table
