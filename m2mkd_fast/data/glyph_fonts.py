@@ -93,29 +93,29 @@ def fonts_for(characters: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ..
     return TRAIN_FONTS, OOD_FONTS + (OOD_FONTS_LATIN if plain else ())
 
 
-def draw_masters(fonts: Sequence[str], characters: Sequence[str], side: int) -> Tensor:
-    """Each character drawn once in each font: float32 [fonts, characters, 1, side, side], 0 for paper, 1 for ink.
+def draw_masters(fonts: Sequence[str], character: str, side: int) -> Tensor:
+    """A character drawn large and upright in each font: float32 [fonts, 1, side, side], 0 for paper, 1 for ink.
 
-    A font's characters share one size, in which most fill about two thirds of the side; each is centred by its ink and
-    shrunk where it would not leave a margin of an eighth. Relative sizes within a font stay, but for those.
+    All characters of a font have one size, in which a capital fills about two thirds of the side, but for those that
+    would not leave a margin of an eighth; each is centred by its ink.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    masters = torch.empty(len(fonts), len(characters), 1, side, side)
+    masters = torch.empty(len(fonts), 1, side, side)
     room = side - 2 * (side // 8)
     for row, font in enumerate(fonts):
         path = str(font_path(font))
-        for column, character in enumerate(characters):
-            points = round(0.85 * side)
-            while True:
-                face = ImageFont.truetype(path, points)
-                left, top, right, bottom = face.getbbox(character)
-                if max(right - left, bottom - top) <= room:
-                    break
-                points = min(points - 1, int(points * room / max(right - left, bottom - top)))
-            image = Image.new("L", (side, side), 0)
-            corner = ((side - right - left) / 2, (side - bottom - top) / 2)
-            ImageDraw.Draw(image).text(corner, character, fill=255, font=face)
-            values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-            masters[row, column, 0] = values.view(side, side).to(torch.float32) / 255
+        points = round(0.85 * side)
+        while True:
+            face = ImageFont.truetype(path, points)
+            left, top, right, bottom = face.getbbox(character)
+            extent = max(right - left, bottom - top)
+            if extent <= room:
+                break
+            points = min(points - 1, int(points * room / extent))
+        image = Image.new("L", (side, side), 0)
+        corner = ((side - right - left) / 2, (side - bottom - top) / 2)
+        ImageDraw.Draw(image).text(corner, character, fill=255, font=face)
+        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        masters[row, 0] = values.view(side, side).to(torch.float32) / 255
     return masters

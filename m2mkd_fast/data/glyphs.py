@@ -20,7 +20,7 @@ from m2mkd_fast.errors import M2MKDError
 VERSION = 1  # of the rendering: part of the cache's key
 RENDITIONS = ("plain", "sketch", "inverted", "textured")
 ROTATION, SCALE, SHIFT = 0.2, 0.15, 0.12  # radians, relative, half images; uniform in plus or minus
-CHUNK = 1024  # images rendered at a time, so that memory stays small
+CHUNK_PIXELS = 2**22  # rendered at a time, so that memory stays small
 
 
 def create_glyphs(
@@ -43,7 +43,8 @@ def create_glyphs(
 
     `image_size` is 32 (default) or more, `in_chans` 1 (default) or 3 (coloured ink and paper). The images depend on the
     arguments, and through the fonts and their rasteriser on the versions of matplotlib and Pillow, and in single
-    grey levels on the processor's vector instructions; `describe()` has their hash. With `cache_dir` they are kept there and read back.
+    grey levels on the processor's vector instructions; `describe()` has their hash. With `cache_dir` they are kept
+    there and read back.
     """
     size, channels = 32 if image_size is None else image_size, in_chans or 1
     if not 16 <= size <= 256 or channels not in (1, 3):
@@ -78,8 +79,7 @@ def create_glyphs(
         }
         if cached is not None:
             _write_cache(cached, pixels)
-    values = pixels["train"].to(torch.float32) / 255
-    mean, std = values.mean((0, 2, 3)).tolist(), values.std((0, 2, 3)).tolist()
+    mean, std = _mean_and_std(pixels["train"])
     splits = {
         name: TensorSplit(
             name, images, torch.arange(classes).repeat_interleave(len(images) // classes), classes, mean, std
@@ -103,20 +103,30 @@ def _render(
     """`count` images of each character, uint8 [characters * count, channels, size, size], class after class."""
     # Twice the size, averaged down at the end: straight sampling would leave jagged strokes.
     side = 2 * size
-    masters = draw_masters(fonts, characters, side)
-    total = len(characters) * count
-    character = torch.arange(len(characters)).repeat_interleave(count)
-    rendition = torch.arange(count).remainder(len(renditions)).repeat(len(characters))
-    images = torch.empty(total, channels, size, size, dtype=torch.uint8)
-    for first in range(0, total, CHUNK):
-        part = slice(first, min(first + CHUNK, total))
-        generator = derived_generator(seed, "glyphs", split, first)
-        number = part.stop - part.start
-        font = torch.randint(len(fonts), (number,), generator=generator)
-        ink = masters[font, character[part]]
-        ink = functional.avg_pool2d(_warp(_thicken(ink, generator), generator), 2)
-        images[part] = _colour(ink, [renditions[i] for i in rendition[part].tolist()], channels, generator)
-    return images
+    step = max(1, CHUNK_PIXELS // side**2)
+    images = torch.empty(len(characters), count, channels, size, size, dtype=torch.uint8)
+    kinds = [renditions[i % len(renditions)] for i in range(count)]
+    for row, character in enumerate(characters):
+        masters = draw_masters(fonts, character, side)
+        for first in range(0, count, step):
+            part = kinds[first : first + step]
+            generator = derived_generator(seed, "glyphs", split, character, first)
+            ink = masters[torch.randint(len(fonts), (len(part),), generator=generator)]
+            ink = functional.avg_pool2d(_warp(_thicken(ink, generator), generator), 2)
+            images[row, first : first + step] = _colour(ink, part, channels, generator)
+    return images.flatten(0, 1)
+
+
+def _mean_and_std(pixels: Tensor) -> tuple[list[float], list[float]]:
+    """Of each channel's values / 255, counted from a histogram: no copy of the images in floating point."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in range(pixels.shape[1]):
+        share = torch.bincount(pixels[:, channel].flatten(), minlength=256).double() / pixels[:, channel].numel()
+        mean = (share * values).sum()
+        means.append(mean.item())
+        deviations.append((share * (values - mean) ** 2).sum().sqrt().item())
+    return means, deviations
 
 
 def _uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
