@@ -127,8 +127,8 @@ def _facts(value: object) -> str:
 def _cost_rules(results: dict[str, Any]) -> str:
     text = (
         "FLOPs are those of training, forward and backward; evaluations are not counted in them. The pretrained "
-        "teacher's own training is charged to no arm. The meta model is charged in full to both arms that train modules "
-        "in it, the pairs to their own arm."
+        "teacher's own training is charged to no arm. The meta model is charged in full to both arms that train "
+        "modules in it, the pairs to their own arm."
     )
     seconds = {}
     for arm in MODULE_ARMS:

@@ -52,7 +52,7 @@ def plot_pair_losses(run: Run) -> Figure | None:
 
 
 def series(step: Step, term: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of the total loss or of a term, averaged over windows; values that are not finite are left out."""
+    """(steps, values) of the total loss or of a term, averaged over windows; not-finite values are left out."""
     lines = [
         (line["step"], line["loss"] if term == "total" else (line.get("terms") or {}).get(term))
         for line in step.training

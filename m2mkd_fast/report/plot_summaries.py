@@ -112,10 +112,10 @@ def plot_cost_per_phase(results: dict[str, Any]) -> Figure | None:
             )
         axes.set_xlim(0, 1.12 * max(totals.values()) / unit.divisor or 1.0)
         axes.set_yticks(range(len(arms)), list(reversed(arms)), fontweight="bold")
-        _colour_arm_names(axes, arms)
         axes.grid(axis="y", visible=False)
         despine_left(axes)
         axes.set_xlabel(f"training compute ({unit.name})" if quantity == "flops" else f"training time ({unit.name})")
+    _colour_arm_names(panels[0], arms)
     panels[0].set_title("Compute per phase")
     panels[1].set_title("Time per phase")
     figure.legend(

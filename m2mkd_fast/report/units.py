@@ -44,7 +44,7 @@ def time_unit(values: Iterable[float | None]) -> Unit:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """`value` with `digits` significant digits, never an exponent: 1234.5 -> 1234, 12.345 -> 12.3, 0.01234 -> 0.0123."""
+    """`value` in `digits` significant digits, never an exponent: 1234.5 -> 1234, 0.01234 -> 0.0123."""
     if value == 0:
         return "0"
     decimals = digits - 1 - floor(log10(abs(value)))
