@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 GOLDEN_TOLERANCE = 1e-9
 
@@ -85,6 +86,21 @@ def read_golden() -> Callable[[Path], GoldenFile]:
 @pytest.fixture(scope="session")
 def assert_golden() -> Callable[[torch.Tensor | None, torch.Tensor, str], None]:
     return check_golden
+
+
+@pytest.fixture
+def altered_golden(tmp_path: Path) -> Callable[[Path, str], Path]:
+    """Copy a golden file with one number changed by a millionth of its tensor's largest: no check may accept the copy."""
+
+    def alter(path: Path, key: str) -> Path:
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        numbers = tensors[key].view(-1)
+        numbers[0] += 1e-6 * numbers.abs().max()
+        save_file(tensors, tmp_path / path.name, metadata)
+        return tmp_path / path.name
+
+    return alter
 
 
 @pytest.fixture(scope="session")
