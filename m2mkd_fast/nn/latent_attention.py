@@ -1,0 +1,135 @@
+"""Message passing between latents along the learned graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.nn.latent_kernel import DotProductKernel
+from m2mkd_fast.nn.modulated_linear import modulated_linear, normalize_and_project
+from m2mkd_fast.nn.options import build
+from m2mkd_fast.nn.residual import DropPath, LayerScale
+from m2mkd_fast.ops.latent_attention import latent_attention
+
+
+class LatentAttention(nn.Module):
+    """Kernel-modulated attention: receivers ask, senders answer, a kernel on their signatures weighs who hears whom.
+
+    Args:
+        state_dim: size of a state.
+        code_dim: size of a code.
+        num_heads: number of attention heads.
+        head_dim: size of a head.
+        include_residual: add the receivers' states to their messages.
+        kernel_type: ``"DotProductKernel"``, or ``None`` for attention of all to all, without signatures.
+        kernel_kwargs: options of the kernel.
+        mask_attn_scores_with_affinities: add log affinities to the scores.
+        scale_attention_by_affinities_after_softmax: multiply the attention weights by affinities.
+        normalize_kernel_along_keys: the affinities of a receiver sum to one. Matters to the scaling after the softmax alone
+            (the softmax removes it from the scores), and is computed only there.
+        share_layernorm: senders use the receivers' layer norm.
+        qkv_bias: queries, keys and values have biases.
+        path_drop_prob: probability of dropping the branch of an image.
+        layer_scale_initial_value: ``None`` for no layer scale.
+        mod_fc_kwargs: options of the four :class:`~m2mkd_fast.nn.modulated_linear.ModulatedLinear`.
+
+    Source: Rahaman et al., Neural Attentive Circuits, arXiv 2210.08031, section 2.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        code_dim: int,
+        num_heads: int = 1,
+        head_dim: int = 64,
+        include_residual: bool = True,
+        kernel_type: str | None = "DotProductKernel",
+        kernel_kwargs: Mapping[str, Any] | None = None,
+        mask_attn_scores_with_affinities: bool = True,
+        scale_attention_by_affinities_after_softmax: bool = False,
+        normalize_kernel_along_keys: bool = True,
+        share_layernorm: bool = False,
+        qkv_bias: bool = True,
+        path_drop_prob: float = 0.0,
+        layer_scale_initial_value: float | None = 1e-6,
+        mod_fc_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel_type not in (None, "DotProductKernel"):
+            raise UnknownNameError("kernel_type", kernel_type, ["DotProductKernel"])
+        if path_drop_prob > 0.0 and not include_residual:
+            raise M2MKDError(
+                f"path_drop_prob is {path_drop_prob}, but without include_residual a dropped path would leave nothing; "
+                "set it to 0"
+            )
+        self.num_heads = num_heads
+        self.include_residual = include_residual
+        self.mask_scores = mask_attn_scores_with_affinities
+        self.scale_weights = scale_attention_by_affinities_after_softmax
+        self.normalize_kernel = normalize_kernel_along_keys
+        self.kernel = None if kernel_type is None else build(DotProductKernel, "kernel_kwargs", kernel_kwargs)
+        self.receiver_layernorm = nn.LayerNorm(state_dim)
+        self.sender_layernorm = None if share_layernorm else nn.LayerNorm(state_dim)
+        inner_dim = num_heads * head_dim
+        self.query_compiler = modulated_linear(state_dim, inner_dim, code_dim, mod_fc_kwargs, bias=qkv_bias)
+        self.key_compiler = modulated_linear(state_dim, inner_dim, code_dim, mod_fc_kwargs, bias=qkv_bias)
+        self.value_compiler = modulated_linear(state_dim, inner_dim, code_dim, mod_fc_kwargs, bias=qkv_bias)
+        self.exit_layer = modulated_linear(inner_dim, state_dim, code_dim, mod_fc_kwargs)
+        self.layer_scale = LayerScale(state_dim, layer_scale_initial_value)
+        self.drop_path = DropPath(path_drop_prob)
+
+    def forward(
+        self,
+        receiver_states: Tensor,
+        receiver_codes: Tensor,
+        receiver_signatures: Tensor | None,
+        sender_states: Tensor,
+        sender_codes: Tensor,
+        sender_signatures: Tensor | None,
+    ) -> Tensor:
+        """New receiver states.
+
+        Args:
+            receiver_states: ``[B, U, state_dim]``.
+            receiver_codes: ``[U or 1, code_dim]``.
+            receiver_signatures: ``[U, S]``; not used without a kernel, as the senders'.
+            sender_states: ``[B, V, state_dim]``.
+            sender_codes: ``[V or 1, code_dim]``.
+            sender_signatures: ``[V, S]``.
+        """
+        sender_norm = self.receiver_layernorm if self.sender_layernorm is None else self.sender_layernorm
+        (query,) = normalize_and_project(
+            self.receiver_layernorm, [self.query_compiler], receiver_states, receiver_codes
+        )
+        key, value = normalize_and_project(
+            sender_norm, [self.key_compiler, self.value_compiler], sender_states, sender_codes
+        )
+        query, key, value = (
+            tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for tensor in (query, key, value)
+        )
+        log_affinity = self._log_affinity(receiver_signatures, sender_signatures, receiver_states.shape[0])
+        messages = latent_attention(
+            query,
+            key,
+            value,
+            log_affinity if self.mask_scores else None,
+            log_affinity if self.scale_weights else None,
+        )
+        messages = self.layer_scale(self.exit_layer(messages.transpose(1, 2).flatten(-2), receiver_codes))
+        return receiver_states + self.drop_path(messages) if self.include_residual else messages
+
+    def _log_affinity(
+        self, receiver_signatures: Tensor | None, sender_signatures: Tensor | None, batch_size: int
+    ) -> Tensor | None:
+        if self.kernel is None:
+            return None
+        if receiver_signatures is None or sender_signatures is None:
+            raise M2MKDError(
+                "this layer weighs messages by a kernel on signatures, but was called without them; pass "
+                "receiver_signatures and sender_signatures, or build it with kernel_type=None"
+            )
+        normalize = self.normalize_kernel and self.scale_weights
+        return self.kernel(receiver_signatures, sender_signatures, batch_size, normalize=normalize)
