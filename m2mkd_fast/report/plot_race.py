@@ -14,7 +14,6 @@ from m2mkd_fast.report.style import (
     ARM_LABELS,
     ARM_MARKERS,
     TEACHER_COLOUR,
-    halo,
     new_figure,
     separate_labels,
 )
@@ -45,7 +44,7 @@ def plot_accuracy_against_cost(results: dict[str, Any]) -> Figure | None:
     for axes, quantity in zip(panels, QUANTITIES, strict=True):
         for arm in arms:
             _draw_arm(axes, accuracy["arms"][arm]["curve"], cost["arms"][arm], arm, quantity, units[quantity])
-        axes.set_xlim(0, 1.2 * max(largest[quantity]) / units[quantity].divisor)
+        axes.set_xlim(0, 1.04 * max(largest[quantity]) / units[quantity].divisor)
         _draw_teacher(axes, accuracy["teacher"]["test_accuracy"])
         axes.margins(y=0.07)
         axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
@@ -118,24 +117,22 @@ def _draw_teacher(axes: Axes, teacher: dict[str, Any] | None) -> None:
 def _label_ends(
     axes: Axes, accuracy: dict[str, Any], cost: dict[str, Any], arms: list[str], quantity: str, unit: Unit
 ) -> None:
-    """Writes each arm's last accuracy beside its curve's end, moved apart where ends crowd."""
+    """Writes each arm's last accuracy in a column right of the panel, moved apart where ends crowd, tied to its end."""
     ends = [accuracy["arms"][arm]["curve"][-1]["mean"] for arm in arms]
     low, high = axes.get_ylim()
-    teacher = accuracy["teacher"]["test_accuracy"]
-    lines = [teacher["mean"]] if teacher else []  # labels keep off the teacher's line as off each other
-    heights = separate_labels(ends + lines, 0.05 * (high - low))
-    for arm, end, height in zip(arms, ends, heights, strict=False):
+    heights = separate_labels(ends, 0.05 * (high - low))
+    for arm, end, height in zip(arms, ends, heights, strict=True):
         spent = cost["arms"][arm]["curve"][-1][quantity] / unit.divisor
+        right = axes.get_xlim()[1]
+        axes.plot([spent, right], [end, height], color=ARM_COLOURS[arm], linewidth=0.9, alpha=0.6, ls=(0, (1, 2)))
         axes.annotate(
             f"{arm} {end:.1f}",
-            (spent, height),
-            xytext=(9, 0),
+            (right, height),
+            xytext=(4, 0),
             textcoords="offset points",
             va="center",
             color=ARM_COLOURS[arm],
             fontsize=10,
             fontweight="bold",
-            zorder=8,
-            path_effects=halo(),
             annotation_clip=False,
         )

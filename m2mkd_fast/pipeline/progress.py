@@ -1,0 +1,298 @@
+"""Progress of running steps: bars on a terminal, plain lines elsewhere.
+
+The process that owns the terminal holds one `ProgressDisplay`. Worker processes report through a `QueueProgress`, which
+has the same methods and puts picklable dictionaries on a multiprocessing queue; the owner forwards them with
+`display.listen(queue)`:
+
+    with ProgressDisplay() as display, display.listen(queue):
+        ...  # start workers, each with QueueProgress(queue)
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import Empty
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+
+_POLL_SECONDS, _LONGEST_WAIT = 0.1, 10.0
+EVENT_KINDS = ("start", "update", "finish", "message")
+
+
+class Progress(Protocol):
+    """What a training loop reports to: a `ProgressDisplay` in its own process, or a `QueueProgress` to another's."""
+
+    def start(self, step: str, total: int, done: int = 0) -> None: ...
+
+    def update(
+        self,
+        step: str,
+        done: int,
+        loss: float | None = None,
+        terms: Mapping[str, float] | None = None,
+        images_per_second: float | None = None,
+    ) -> None: ...
+
+    def finish(self, step: str, message: str = "") -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+
+class _Events:
+    """The four reports as dictionaries handed to `event`."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def start(self, step: str, total: int, done: int = 0) -> None:
+        """Step `step` begins with `done` of `total` training steps already there (a resumed step)."""
+        self.event({"kind": "start", "step": step, "total": total, "done": done})
+
+    def update(
+        self,
+        step: str,
+        done: int,
+        loss: float | None = None,
+        terms: Mapping[str, float] | None = None,
+        images_per_second: float | None = None,
+    ) -> None:
+        """`done` training steps of a started step are over; loss and terms are Python numbers."""
+        self.event(
+            {
+                "kind": "update",
+                "step": step,
+                "done": done,
+                "loss": loss,
+                "terms": dict(terms or {}),
+                "images_per_second": images_per_second,
+            }
+        )
+
+    def finish(self, step: str, message: str = "") -> None:
+        """The started step is over; `message` stands on its last line, e.g. its accuracy."""
+        self.event({"kind": "finish", "step": step, "message": message})
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bars."""
+        self.event({"kind": "message", "message": text})
+
+
+class QueueProgress(_Events):
+    """Reports of a worker process, put on a queue that the parent's `ProgressDisplay.listen` reads.
+
+    Updates come at most every `interval` seconds per step: a queue that fills faster than it is read grows without
+    bound.
+    """
+
+    def __init__(self, queue: Any, interval: float = 0.2, clock: Callable[[], float] = time.monotonic) -> None:
+        self._queue, self._interval, self._clock = queue, interval, clock
+        self._last: dict[str, float] = {}
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "update":
+            now = self._clock()
+            if now - self._last.get(event["step"], -math.inf) < self._interval:
+                return
+            self._last[event["step"]] = now
+        self._queue.put(dict(event))
+
+
+@dataclass
+class _Running:
+    total: int
+    first: int  # training steps that were done before this process began: they took none of its time
+    done: int
+    began: float
+    printed: float
+    facts: str = ""
+    task: TaskID | None = None
+
+
+class ProgressDisplay(_Events):
+    """Shows the steps that run; every method may be called from any thread.
+
+    On a terminal each step has a bar. Elsewhere it has a plain line at its start and its end, and between them at most
+    one every `interval` seconds.
+
+    Args:
+        console: where to show; standard error by default, so that piped output stays clean.
+        interval: seconds between plain lines of one step.
+        clock: seconds that only go up.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console or Console(stderr=True)
+        self._interval, self._clock = interval, clock
+        self._lock = threading.RLock()
+        self._running: dict[str, _Running] = {}
+        self._bars: RichProgress | None = None
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._console.is_terminal:
+            self._bars = RichProgress(
+                TextColumn("{task.description}", style="bold", markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+                console=self._console,
+                expand=True,
+                refresh_per_second=4,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            for name in list(self._running):
+                running = self._running.pop(name)
+                self._print(f"{name}: stopped at {running.done:,}/{running.total:,}")
+            if self._bars is not None:
+                self._bars.stop()
+                self._bars = None
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Names of the steps that were started and not finished, in the order of their starts."""
+        with self._lock:
+            return tuple(self._running)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Shows one event: `{"kind": "start"|"update"|"finish"|"message", ...}` with that method's arguments.
+
+        Raises:
+            UnknownNameError: the kind is none of the four, or the step of an update or finish was not started.
+            M2MKDError: an argument is missing.
+        """
+        kind = event.get("kind")
+        if kind not in EVENT_KINDS:
+            raise UnknownNameError("kind of progress event", str(kind), EVENT_KINDS)
+        try:
+            with self._lock:
+                getattr(self, f"_on_{kind}")(event)
+        except KeyError as error:
+            raise M2MKDError(f"progress event {dict(event)!r} lacks {error.args[0]!r}; send it along") from error
+
+    @contextmanager
+    def listen(self, queue: Any) -> Iterator[None]:
+        """Shows the events that come out of `queue`, to the last one that is in it when the block ends.
+
+        A report that cannot be shown does not stop the ones after it; the first such error is raised at the end. End
+        the workers inside the block: a multiprocessing queue holds a worker's last events only once it has been joined.
+        """
+        errors: list[Exception] = []
+        ended = threading.Event()
+
+        def forward() -> None:
+            while True:
+                last_look = ended.is_set()
+                try:
+                    event = queue.get(timeout=_POLL_SECONDS)
+                except Empty:
+                    if last_look:
+                        return
+                    continue
+                try:
+                    self.event(event)
+                except Exception as error:
+                    errors.append(error)
+
+        listener = threading.Thread(target=forward, name="progress", daemon=True)
+        listener.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            # A worker killed in the middle of a write leaves half an event, on which `get` waits for ever.
+            listener.join(timeout=_LONGEST_WAIT)
+        if errors:
+            raise errors[0]
+
+    def _on_start(self, event: Mapping[str, Any]) -> None:
+        name, total, done = event["step"], int(event["total"]), int(event.get("done", 0))
+        earlier = self._running.pop(name, None)
+        if earlier is not None and earlier.task is not None and self._bars is not None:
+            self._bars.remove_task(earlier.task)
+        now = self._clock()
+        running = _Running(total, done, done, began=now, printed=now)
+        if self._bars is not None:
+            running.task = self._bars.add_task(name, total=total, completed=done, facts="")
+        else:
+            self._print(f"{name}: {f'continues at {done:,}/{total:,}' if done else f'starts, {total:,} steps'}")
+        self._running[name] = running
+
+    def _on_update(self, event: Mapping[str, Any]) -> None:
+        running, now = self._of(event["step"]), self._clock()
+        running.done = int(event["done"])
+        running.facts = ", ".join([*_facts(event), *_time_left(running, now)])
+        if self._bars is not None and running.task is not None:
+            self._bars.update(running.task, completed=running.done, facts=running.facts)
+        elif now - running.printed >= self._interval:
+            running.printed = now
+            percent = f" ({100 * running.done / running.total:.0f} %)" if running.total else ""
+            line = f"{event['step']}: {running.done:,}/{running.total:,}{percent}"
+            self._print(line + (f", {running.facts}" if running.facts else ""))
+
+    def _on_finish(self, event: Mapping[str, Any]) -> None:
+        running = self._of(event["step"])
+        del self._running[event["step"]]
+        if self._bars is not None and running.task is not None:
+            self._bars.remove_task(running.task)
+        seconds = self._clock() - running.began
+        message = event.get("message")
+        self._print(f"{event['step']}: finished in {duration(seconds)}" + (f", {message}" if message else ""))
+
+    def _on_message(self, event: Mapping[str, Any]) -> None:
+        self._print(str(event["message"]))
+
+    def _of(self, step: str) -> _Running:
+        if step not in self._running:
+            raise UnknownNameError("running step", step, self._running, remedy="Report its start first.")
+        return self._running[step]
+
+    def _print(self, line: str) -> None:
+        # Text, not str: brackets in a message are no markup, and a line is not cut into the width of a file.
+        self._console.print(Text(line), soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `3:07` (minutes and seconds) or `2:03:07` (with hours)."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def _facts(event: Mapping[str, Any]) -> list[str]:
+    facts = []
+    if event.get("loss") is not None:
+        terms = " + ".join(f"{name} {value:.3g}" for name, value in (event.get("terms") or {}).items())
+        facts.append(f"loss {event['loss']:.4g}" + (f" ({terms})" if terms else ""))
+    if event.get("images_per_second") is not None:
+        facts.append(f"{event['images_per_second']:,.0f} images/s")
+    return facts
+
+
+def _time_left(running: _Running, now: float) -> list[str]:
+    """Remaining time at the mean pace since the start; nothing before there is a pace."""
+    done, elapsed = running.done - running.first, now - running.began
+    if done <= 0 or elapsed <= 0:
+        return []
+    return [f"{duration(elapsed / done * max(0, running.total - running.done))} left"]

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import io
+import multiprocessing
+import queue
+import re
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.pipeline.progress import ProgressDisplay, QueueProgress, duration
+
+
+class Clock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain(clock: Clock | None = None, interval: float = 10.0) -> tuple[ProgressDisplay, io.StringIO]:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=False, width=60)
+    return ProgressDisplay(console, interval, clock or Clock()), output
+
+
+def test_plain_lines_come_at_start_and_end_and_once_per_interval() -> None:
+    clock = Clock()
+    display, output = plain(clock)
+    with display:
+        display.start("m2mkd/pair0", 1000)
+        for done in range(1, 31):
+            clock.now += 1.0
+            display.update("m2mkd/pair0", done * 10, loss=1.5, terms={"task": 1.0, "distillation": 0.5})
+        display.finish("m2mkd/pair0", "hybrid accuracy 81.2 %")
+    assert output.getvalue().splitlines() == [
+        "m2mkd/pair0: starts, 1,000 steps",
+        "m2mkd/pair0: 100/1,000 (10 %), loss 1.5 (task 1 + distillation 0.5), 1:30 left",
+        "m2mkd/pair0: 200/1,000 (20 %), loss 1.5 (task 1 + distillation 0.5), 1:20 left",
+        "m2mkd/pair0: 300/1,000 (30 %), loss 1.5 (task 1 + distillation 0.5), 1:10 left",
+        "m2mkd/pair0: finished in 30 s, hybrid accuracy 81.2 %",
+    ]
+
+
+def test_time_left_of_a_resumed_step_counts_only_what_this_process_did() -> None:
+    clock = Clock()
+    display, output = plain(clock)
+    with display:
+        display.start("teacher", 1000, done=900)
+        clock.now += 20.0
+        display.update("teacher", 910, images_per_second=1234.5)
+        display.finish("teacher")
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "teacher: continues at 900/1,000"
+    assert lines[1] == "teacher: 910/1,000 (91 %), 1,234 images/s, 3:00 left"  # 10 steps in 20 s, 90 to go
+
+
+def test_leaving_early_says_where_each_step_stopped() -> None:
+    display, output = plain()
+
+    def interrupted() -> None:
+        with display:
+            display.start("meta", 50)
+            display.update("meta", 7)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert output.getvalue().splitlines()[-1] == "meta: stopped at 7/50"
+    assert display.running == ()
+
+
+def test_a_terminal_shows_bars_and_keeps_the_finish_line() -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=120, color_system="standard")
+    with ProgressDisplay(console, clock=Clock()) as display:
+        display.start("m2mkd/pair0", 10)
+        display.start("m2mkd/pair1", 10)
+        display.update("m2mkd/pair1", 4, loss=0.25, images_per_second=10.0)
+        assert display.running == ("m2mkd/pair0", "m2mkd/pair1")
+        time.sleep(0.6)  # bars are drawn four times a second
+        display.message("[not markup]")
+        display.finish("m2mkd/pair1", "81.2 %")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue())
+    assert "━" in shown
+    assert "4/10" in shown
+    assert "loss 0.25, 10 images/s" in shown
+    assert "[not markup]" in shown
+    assert "m2mkd/pair1: finished in 0 s, 81.2 %" in shown
+    assert "m2mkd/pair0: stopped at 0/10" in shown
+
+
+def test_a_restarted_step_begins_again() -> None:
+    output = io.StringIO()
+    with ProgressDisplay(Console(file=output, force_terminal=True, width=100), clock=Clock()) as display:
+        display.start("meta", 10)
+        display.update("meta", 9)
+        display.start("meta", 10, done=5)
+        assert display.running == ("meta",)
+        display.finish("meta")
+    assert "meta: finished" in output.getvalue()
+
+
+def test_long_lines_are_not_wrapped_in_a_file() -> None:
+    display, output = plain()
+    with display:
+        display.message("x " * 100)
+    assert len(output.getvalue().splitlines()) == 1
+
+
+def test_wrong_events_are_named() -> None:
+    display, _ = plain()
+    with display:
+        with pytest.raises(UnknownNameError, match="did you mean 'start'"):
+            display.event({"kind": "strat", "step": "meta"})
+        display.start("meta", 3)
+        with pytest.raises(UnknownNameError, match=r"'mta'.*did you mean 'meta'.*start first"):
+            display.update("mta", 1)
+        with pytest.raises(M2MKDError, match="lacks 'total'"):
+            display.event({"kind": "start", "step": "meta"})
+
+
+def test_many_threads_may_report_at_once() -> None:
+    display, output = plain(interval=0.0)
+
+    def work(name: str) -> None:
+        display.start(name, 50)
+        for done in range(1, 51):
+            display.update(name, done, loss=1.0 / done)
+        display.finish(name)
+
+    with display:
+        threads = [threading.Thread(target=work, args=(f"m2mkd/pair{slot}",)) for slot in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 8 * 52
+    for slot in range(8):
+        own = [line for line in lines if line.startswith(f"m2mkd/pair{slot}: ")]
+        counts = [int(line.split("/")[1].split(": ")[1]) for line in own[1:-1]]
+        assert counts == list(range(1, 51))
+
+
+def test_queue_reports_are_thinned_but_starts_and_ends_are_not() -> None:
+    events: queue.Queue = queue.Queue()
+    clock = Clock()
+    progress = QueueProgress(events, interval=1.0, clock=clock)
+    progress.start("meta", 100)
+    for done in range(1, 101):
+        clock.now += 0.25
+        progress.update("meta", done)
+    progress.finish("meta")
+    received = [events.get_nowait() for _ in range(events.qsize())]
+    assert [event["kind"] for event in received] == ["start", *["update"] * 25, "finish"]
+
+
+def report_from_worker(events: multiprocessing.Queue, slot: int) -> None:
+    progress = QueueProgress(events, interval=0.0)
+    progress.start(f"m2mkd/pair{slot}", 20)
+    for done in range(1, 21):
+        progress.update(f"m2mkd/pair{slot}", done, loss=0.5)
+    progress.finish(f"m2mkd/pair{slot}", "done")
+
+
+def test_worker_processes_report_through_a_queue() -> None:
+    context = multiprocessing.get_context("fork")
+    events = context.Queue()
+    display, output = plain(interval=0.0)
+    with display, display.listen(events):
+        workers = [context.Process(target=report_from_worker, args=(events, slot)) for slot in range(3)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(timeout=30)
+    lines = output.getvalue().splitlines()
+    assert sorted(line for line in lines if line.endswith(", done")) == [
+        f"m2mkd/pair{slot}: finished in 0 s, done" for slot in range(3)
+    ]
+    assert len(lines) == 3 * 22
+
+
+def test_listening_goes_on_after_a_wrong_event_and_raises_it_at_the_end() -> None:
+    events: queue.Queue = queue.Queue()
+    display, output = plain()
+
+    def listen() -> None:
+        with display, display.listen(events):
+            events.put({"kind": "update", "step": "nobody", "done": 1})
+            events.put({"kind": "message", "message": "still here"})
+
+    with pytest.raises(UnknownNameError, match="nobody"):
+        listen()
+    assert output.getvalue() == "still here\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0 s"), (8.4, "8 s"), (59.7, "1:00"), (187, "3:07"), (7387, "2:03:07"), (3600, "1:00:00")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
