@@ -94,13 +94,13 @@ def extensions() -> tuple[list, dict]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     print(f"m2mkd_fast: torch {torch.__version__}, {compiler}; CUDA kernels: {cuda}")
-    flags = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-    stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DPy_LIMITED_API=0x030a0000"]
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 
     def sources(*patterns: str) -> list[str]:
         return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(f"csrc/{pattern}"))
 
-    headers = sources("*.h")
+    headers = sources("*.h", "cpu/*.h", "cuda/*.h")
     modules = [
         CppExtension(
             "m2mkd_fast._C",

@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../route.h"
+#include "falling_order.h"
 
 namespace m2mkd {
 namespace {
@@ -97,14 +98,15 @@ template <typename scalar_t>
 std::vector<int32_t> filling_order(const RouteProblem& p, const scalar_t* weight) {
   std::vector<int32_t> order(p.groups * p.tokens);
   torch::stable::parallel_for(0, p.groups, grain(8 * p.tokens), [&](int64_t begin, int64_t end) {
+    FallingOrder<scalar_t> falling_order;
     for (int64_t g = begin; g < end; ++g) {
-      int32_t* first = order.data() + g * p.tokens;
-      std::iota(first, first + p.tokens, 0);
+      const auto first = order.begin() + g * p.tokens;
       if (p.batch_priority) {
         const scalar_t* priority = weight + g * p.tokens * p.top_k;
-        std::stable_sort(first, first + p.tokens, [&](int32_t a, int32_t b) {
-          return precedes(priority[a * p.top_k], priority[b * p.top_k]);
-        });
+        const auto& sorted = falling_order(p.tokens, [&](int64_t s) { return priority[s * p.top_k]; });
+        std::copy(sorted.begin(), sorted.end(), first);
+      } else {
+        std::iota(first, first + p.tokens, 0);
       }
     }
   });
@@ -211,22 +213,16 @@ void experts_choose(const Tensor& scores, const RouteProblem& p, const Assignmen
   int64_t* out_expert = out.expert.mutable_data_ptr<int64_t>();
   scalar_t* out_weight = out.weight.mutable_data_ptr<scalar_t>();
   torch::stable::parallel_for(0, p.groups * p.experts, grain(8 * p.tokens), [&](int64_t begin, int64_t end) {
-    std::vector<scalar_t> gate(p.tokens);
-    std::vector<int64_t> best(p.tokens);
+    FallingOrder<scalar_t> falling_order;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i / p.experts, e = i % p.experts;
-      for (int64_t s = 0; s < p.tokens; ++s) {
-        gate[s] = gates[(g * p.tokens + s) * p.experts + e];
-      }
-      std::iota(best.begin(), best.end(), 0);
-      std::partial_sort(best.begin(), best.begin() + p.capacity, best.end(), [&](int64_t a, int64_t b) {
-        return precedes(gate[a], gate[b]) || (!precedes(gate[b], gate[a]) && a < b);
-      });
+      const scalar_t* gate = gates + g * p.tokens * p.experts + e;
+      const auto& best = falling_order(p.tokens, [&](int64_t s) { return gate[s * p.experts]; });
       const int64_t first_row = (e * p.groups + g) * p.capacity;
       for (int64_t slot = 0; slot < p.capacity; ++slot) {
         out_token[first_row + slot] = g * p.tokens + best[slot];
         out_expert[first_row + slot] = e;
-        out_weight[first_row + slot] = gate[best[slot]];
+        out_weight[first_row + slot] = gate[best[slot] * p.experts];
       }
     }
   });
