@@ -26,7 +26,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxExperts = 256;
-constexpr int kMaxTopK = 8;
+constexpr int kMaxTopK = 8;  // at most the lanes that share a token
 constexpr unsigned kAll = 0xffffffffu;
 
 // A strict order in which NaN is the largest value, as in torch.sort.
@@ -46,12 +46,13 @@ __global__ void __launch_bounds__(kThreads) choose(
   const int lane = threadIdx.x % LANES;
 
   scalar_t score[PER_LANE];
-  int rank[PER_LANE];  // place among the token's choices, -1 where not chosen
+  unsigned taken = 0;          // bit j: the j-th of this thread's experts is among the token's choices
+  scalar_t chosen_score = 0;   // of choice number `lane`
+  int chosen_expert = 0;
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
     const int expert = lane + j * LANES;
     score[j] = expert < experts ? scores[token * experts + expert] : -INFINITY;
-    rank[j] = -1;
   }
 
   scalar_t largest = 0, sum = 0;  // of the softmax: over the chosen scores until the loop ends
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) choose(
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j) {
       const int expert = lane + j * LANES;
-      const bool free = rank[j] < 0 && expert < experts;
+      const bool free = !(taken >> j & 1) && expert < experts;
       if (free && (best_expert == INT32_MAX || precedes(score[j], best))) {
         best = score[j];
         best_expert = expert;
@@ -80,8 +81,10 @@ __global__ void __launch_bounds__(kThreads) choose(
     }
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j) {
-      rank[j] = lane + j * LANES == best_expert ? k : rank[j];
+      taken |= unsigned(lane + j * LANES == best_expert) << j;
     }
+    chosen_score = lane == k ? best : chosen_score;
+    chosen_expert = lane == k ? best_expert : chosen_expert;
     largest = k == 0 ? best : largest;
     sum += exp(best - largest);
   }
@@ -101,13 +104,13 @@ __global__ void __launch_bounds__(kThreads) choose(
   for (int j = 0; j < PER_LANE; ++j) {
     const int expert = lane + j * LANES;
     if (real && expert < experts) {
-      const scalar_t gate = softmax_first || rank[j] >= 0 ? exp(score[j] - largest) / sum : scalar_t(0);
-      gates[token * experts + expert] = gate;
-      if (rank[j] >= 0 && choice != nullptr) {
-        choice[token * top_k + rank[j]] = expert;
-        choice_weight[token * top_k + rank[j]] = gate;
-      }
+      const bool counts = softmax_first || (taken >> j & 1);
+      gates[token * experts + expert] = counts ? exp(score[j] - largest) / sum : scalar_t(0);
     }
+  }
+  if (real && lane < top_k && choice != nullptr) {
+    choice[token * top_k + lane] = chosen_expert;
+    choice_weight[token * top_k + lane] = exp(chosen_score - largest) / sum;
   }
 }
 
