@@ -129,7 +129,7 @@ class VMoE(VisionTransformer):
 
 
 def moe_positions(moe_blocks: MoEBlocks, depth: int) -> tuple[int, ...]:
-    """Indices, ascending, of the blocks that ``moe_blocks`` (see :class:`VMoE`) means in a model of ``depth`` blocks."""
+    """Indices, ascending, of the blocks that ``moe_blocks`` (see :class:`VMoE`) means in a model that deep."""
     if not isinstance(moe_blocks, str):
         positions = tuple(sorted(moe_blocks))
         if len(set(positions)) != len(positions) or any(not 0 <= position < depth for position in positions):

@@ -43,7 +43,7 @@ class ExpertLinear(nn.Module):
         super().__init__()
         if min(num_experts, in_features, out_features) < 1:
             raise M2MKDError(
-                f"num_experts={num_experts}, in_features={in_features}, out_features={out_features}: each must be 1 or more"
+                f"num_experts={num_experts}, in_features={in_features}, out_features={out_features}: each must be >= 1"
             )
         if expert_init not in get_args(ExpertInit):
             raise UnknownNameError("expert_init", expert_init, get_args(ExpertInit))
@@ -73,7 +73,7 @@ class ExpertLinear(nn.Module):
 
 
 class ExpertMLP(nn.Module):
-    """E experts, each ``linear -> GELU -> dropout -> linear -> dropout``, by :func:`~m2mkd_fast.ops.expert_mlp.expert_mlp`.
+    """E experts: ``linear, GELU, dropout, linear, dropout``, run by :func:`m2mkd_fast.ops.expert_mlp.expert_mlp`.
 
     State names are the published ones: ``htoh4.weight [E, H, D]``, ``htoh4.bias [E, H]``, ``h4toh.weight [E, O, H]``,
     ``h4toh.bias [E, O]``.

@@ -85,8 +85,8 @@ def expert_mlp_reference(
     """:func:`expert_mlp` in plain PyTorch, without its checks and its autocast.
 
     In eager mode each expert gets a contiguous slice of the sorted rows; that reads the E offsets back from the device.
-    Under ``torch.compile`` nothing is read back: grouped products where PyTorch has them for the dtype and the
-    strides, and otherwise every expert on every token.
+    Under ``torch.compile`` nothing is read back: bfloat16 takes grouped products where the widths are multiples of 8,
+    anything else every expert on every token, which is ``E / top_k`` times the work.
     """
     args = (x, assignment, up_weight, up_bias, down_weight, down_bias, activation, dropout)
     if not torch.compiler.is_compiling():
@@ -137,7 +137,7 @@ def _by_grouped_products(
 ) -> Tensor:
     token, expert, weight, offsets, place, _ = assignment
     stops = offsets[1:].to(torch.int32)
-    used = (torch.arange(token.shape[0], device=x.device) < offsets[-1]).unsqueeze(1)
+    used = _used(assignment).unsqueeze(1)
 
     def product(rows: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
         # The rows of the tail come out of a grouped product uninitialised, and so do their gradients. `where`, unlike a
@@ -163,9 +163,8 @@ def _by_masking(
     dropout: tuple[float, float],
 ) -> Tensor:
     tokens, experts = x.shape[0], up_weight.shape[0]
-    # Rows of the tail add their weight of zero to token 0.
     share = assignment.weight.new_zeros(tokens * experts).index_add(
-        0, assignment.token * experts + assignment.expert, assignment.weight
+        0, assignment.token * experts + assignment.expert, torch.where(_used(assignment), assignment.weight, 0.0)
     )
     out = share.new_zeros(tokens, down_weight.shape[1])
     for expert in range(experts):
@@ -173,6 +172,11 @@ def _by_masking(
         output = _mlp(x, up_weight[expert], biases[0], down_weight[expert], biases[1], activation, dropout)
         out = out + output * share.view(tokens, experts)[:, expert : expert + 1]
     return out.to(x.dtype)
+
+
+def _used(assignment: Assignment) -> Tensor:
+    """[N] bool: the rows before the tail of dropped choices, which must neither give nor get anything."""
+    return torch.arange(assignment.token.shape[0], device=assignment.token.device) < assignment.offsets[-1]
 
 
 def _mlp(
@@ -195,11 +199,9 @@ def _activate(hidden: Tensor, activation: Activation) -> Tensor:
 
 
 def _grouped_products_fit(x: Tensor, up_weight: Tensor, down_weight: Tensor) -> bool:
-    """`F.grouped_mm` takes no float64, and only rows that start at a multiple of 16 bytes."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
+    """Compiled, `F.grouped_mm` of PyTorch 2.11 takes bfloat16 alone, and rows that start at a multiple of 16 bytes."""
     widths = (x.shape[1], up_weight.shape[1], down_weight.shape[1])
-    return x.shape[0] > 0 and all(width * x.element_size() % 16 == 0 for width in widths)
+    return x.dtype == torch.bfloat16 and x.shape[0] > 0 and all(width % 8 == 0 for width in widths)
 
 
 class _Gather(torch.autograd.Function):
