@@ -24,3 +24,8 @@ class UnknownNameError(M2MKDError):
             hint = f"there are {len(known)} known names, none of them near"
         super().__init__(f"unknown {kind} {name!r}; {hint}" + (f" {remedy}" if remedy else ""))
         self.kind, self.name, self.near = kind, name, near
+        self._arguments = (kind, name, known, remedy)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        # An exception that crosses processes is rebuilt from its arguments, which by default is the message alone.
+        return type(self), self._arguments

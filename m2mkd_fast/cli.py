@@ -1,0 +1,159 @@
+"""The command ``m2mkd``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 where it succeeded, 2 after an error that the user can mend, 130 after an interrupt."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except M2MKDError as error:
+        print(f"m2mkd: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("m2mkd: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from m2mkd_fast.pipeline.run import run
+    from m2mkd_fast.report import write_report
+
+    folder = run(_config(options), jobs=options.jobs)
+    report = write_report(folder)
+    _print_summary(folder)
+    print(f"report: {report}")
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from m2mkd_fast.pipeline.run import run
+
+    wanted = None if options.slot is None else set(options.slot)
+    run(
+        _config(options),
+        jobs=options.jobs,
+        only=lambda step: step.arm == "m2mkd" and step.phase == "m2mKD" and (wanted is None or step.slot in wanted),
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    from m2mkd_fast.pipeline.config import ARMS
+    from m2mkd_fast.pipeline.run import run
+
+    config = _config(options)
+    if options.arm not in config.arms:
+        raise UnknownNameError("arm", options.arm, config.arms if options.arm in ARMS else ARMS)
+    folder = run(config, jobs=options.jobs, only=lambda step: step.arm == options.arm)
+    _print_summary(folder)
+
+
+def _split(options: argparse.Namespace) -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from m2mkd_fast.data import eval_batches
+    from m2mkd_fast.modules.split import verify_split
+    from m2mkd_fast.pipeline.workbench import Workbench
+
+    config = _config(options)
+    bench = Workbench(config, config.folder)
+    model, chain = bench.teacher()
+    images, _ = next(iter(eval_batches(bench.train_split, 4)))
+    with torch.no_grad():
+        verify_split(model.eval(), chain.eval(), images)
+    table = Table(title=f"{config.teacher.model} in {len(chain)} modules; composed, they equal it bit for bit")
+    for heading in ("slot", "blocks", "parameters", "width after it"):
+        table.add_column(heading, justify="right")
+    for i, module in enumerate(chain):
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        width = str(chain.widths[i]) if i < len(chain.widths) else "logits"
+        table.add_row(str(i), str(len(module.blocks)), f"{parameters:,}", width)
+    Console().print(table)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from m2mkd_fast.pipeline.config import load_config
+    from m2mkd_fast.pipeline.workbench import Workbench
+
+    path = Path(options.run) / "config.yaml"
+    if not path.is_file():
+        raise M2MKDError(f"{options.run} is no run folder (it has no config.yaml); make one with m2mkd run CONFIG")
+    bench = Workbench(load_config(path), Path(options.run))
+    for name, value in bench.accuracies(bench.step_model(options.step)).items():
+        print(f"{options.step} {name.replace('_', ' ')}: {value:.2f} %")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from m2mkd_fast.report import write_report
+
+    if len(options.run) > 1 and options.output is None:
+        raise M2MKDError("a report on several runs belongs to none of their folders; name one with --output FOLDER")
+    print(f"report: {write_report(options.run, options.output)}")
+    for folder in options.run:
+        _print_summary(Path(folder))
+
+
+def _info(options: argparse.Namespace) -> None:
+    from m2mkd_fast.info import main as info
+
+    info()
+
+
+def _config(options: argparse.Namespace):
+    from m2mkd_fast.pipeline.config import load_config
+
+    return load_config(options.config, options.overrides)
+
+
+def _print_summary(folder: Path) -> None:
+    from rich.console import Console
+
+    from m2mkd_fast.report import summary_table
+
+    Console().print(summary_table(folder))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="m2mkd", description="Module-to-module knowledge distillation of vision models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        return sub
+
+    def configured(sub: argparse.ArgumentParser, jobs: bool = True) -> argparse.ArgumentParser:
+        sub.add_argument("config", metavar="CONFIG", help="YAML file, for example configs/digits_vmoe.yaml")
+        sub.add_argument("overrides", metavar="key=value", nargs="*", help="for example pair.train.steps=100 seed=1")
+        if jobs:
+            sub.add_argument("--jobs", type=int, default=1, metavar="N", help="steps at a time (default 1)")
+        return sub
+
+    configured(command("run", _run, "Do everything a configuration asks for, and write the report."))
+    configured(command("split", _split, "Take the teacher apart, prove it, and show the parts."), jobs=False)
+    sub = configured(command("distill", _distill, "Distil the student's modules, and do what that needs."))
+    sub.add_argument("--slot", type=int, action="append", metavar="I", help="only this slot; may be repeated")
+    sub = configured(command("train", _train, "Train one arm to its end, and do what that needs."))
+    sub.add_argument("--arm", default="m2mkd", help="m2mkd, task, distill or scratch (default m2mkd)")
+    sub = command("eval", _eval, "Evaluate what a step of a run made.")
+    sub.add_argument("run", metavar="RUN", help="run folder")
+    sub.add_argument("--step", default="m2mkd/e2e", help="for example teacher, meta, scratch/e2e (default m2mkd/e2e)")
+    sub = command("report", _report, "Write the report of a run, or of several that differ in their seed.")
+    sub.add_argument("run", metavar="RUN", nargs="+", help="run folder")
+    sub.add_argument("--output", metavar="FOLDER", help="where the report goes (default: the run folder)")
+    command("info", _info, "Show what was built, what will run, and why not.")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""Run a configuration: check it, plan it, do its steps side by side, and go on where an earlier start was stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.pipeline.config import RunConfig, make_config
+from m2mkd_fast.pipeline.files import exclusive, write_atomically, write_json
+from m2mkd_fast.pipeline.plan import Step, closure, plan
+from m2mkd_fast.pipeline.preflight import preflight
+from m2mkd_fast.pipeline.progress import ProgressDisplay
+from m2mkd_fast.pipeline.steps import check_hybrids, run_step
+from m2mkd_fast.pipeline.workbench import Workbench
+
+# Keys that may differ between two starts of one run: they say where it computes, not what.
+_MAY_CHANGE = ("output", "device", "threads", "data.num_workers")
+
+
+def run(
+    config: RunConfig,
+    *,
+    jobs: int = 1,
+    only: Callable[[Step], bool] | None = None,
+    command: str | None = None,
+) -> Path:
+    """Do all steps of a configuration that are not done yet; return the run folder.
+
+    Args:
+        config: what to run; see :func:`m2mkd_fast.pipeline.config.load_config`.
+        jobs: steps at a time. Each beyond one is a process of its own.
+        only: which steps are wanted; what they need is done as well. All by default.
+        command: the command line to write down in the run folder.
+
+    Raises:
+        M2MKDError: something does not fit (found before any training), the folder belongs to another configuration or
+            another process, or a step failed. What the folder holds stays as it is, and the next start goes on from it.
+    """
+    if jobs < 1:
+        raise M2MKDError(f"jobs must be at least 1, got {jobs}")
+    folder = config.folder
+    threads = config.threads or max(1, (os.cpu_count() or 1) // jobs)
+    with exclusive(folder):
+        bench = Workbench(config, folder)
+        _check_same_configuration(config, folder)
+        with _threads(threads):
+            steps = plan(config, preflight(bench))
+            wanted = closure(steps, [step for step in steps if only is None or only(step)])
+            _check_provenance(bench, steps)
+            _open_run_folder(config, folder, command)
+            runner = _InProcess(bench) if jobs == 1 else _Workers(config, jobs, threads)
+            with ProgressDisplay() as display, runner:
+                _schedule(bench, wanted, runner, jobs, display)
+    return folder
+
+
+def _schedule(bench: Workbench, steps: list[Step], runner: Any, jobs: int, display: ProgressDisplay) -> None:
+    done = {step.name for step in steps if bench.result(step.name) is not None}
+    if done:
+        display.event({"kind": "message", "message": f"{len(done)} of {len(steps)} steps were done before"})
+    if "hybrids" in done:
+        check_hybrids(bench.result("hybrids"), bench.config.meta.max_hybrid_drop)
+    running: dict[Future, Step] = {}
+    while len(done) < len(steps):
+        started = {step.name for step in running.values()}
+        for step in steps:
+            ready = step.name not in done | started and all(need in done for need in step.needs)
+            if ready and len(running) < jobs:
+                running[runner.submit(step, display)] = step
+                started.add(step.name)
+        for future in runner.wait(running, display):
+            step = running.pop(future)
+            result = _outcome(future, step)
+            done.add(step.name)
+            if step.phase == "hybrids":
+                check_hybrids(result, bench.config.meta.max_hybrid_drop)
+
+
+def _outcome(future: Future, step: Step) -> dict[str, Any]:
+    try:
+        return future.result()
+    except M2MKDError as error:
+        raise M2MKDError(f"step {step.name}: {error}") from error
+    except BrokenProcessPool as error:
+        raise M2MKDError(
+            f"a worker process died during step {step.name} (killed, or out of memory?); start the same command again, "
+            "it goes on from the last checkpoint, with fewer jobs if memory is short"
+        ) from error
+
+
+class _InProcess:
+    """One step after another in this process."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+
+    def __enter__(self) -> _InProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is held."""
+
+    def submit(self, step: Step, display: ProgressDisplay) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(run_step(self.bench, step, lambda event: display.event({"step": step.name, **event})))
+        except M2MKDError as error:
+            future.set_exception(error)
+        return future
+
+    def wait(self, running: dict[Future, Step], display: ProgressDisplay) -> set[Future]:
+        return set(running)
+
+
+class _Workers:
+    """Steps in processes that live as long as the run, and no longer."""
+
+    def __init__(self, config: RunConfig, jobs: int, threads: int) -> None:
+        # spawn: a forked child of a process that has used OpenMP or CUDA may hang.
+        context = multiprocessing.get_context("spawn")
+        self.events = context.Queue()
+        arguments = (config.to_dict(), threads, self.events, os.getpid())
+        self.pool = ProcessPoolExecutor(jobs, context, _start_worker, arguments)
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            for process in list((self.pool._processes or {}).values()):
+                process.terminate()
+        self.pool.shutdown(cancel_futures=True)
+
+    def submit(self, step: Step, display: ProgressDisplay) -> Future:
+        return self.pool.submit(_work, step)
+
+    def wait(self, running: dict[Future, Step], display: ProgressDisplay) -> set[Future]:
+        while True:
+            finished, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
+            while not self.events.empty():
+                display.event(self.events.get())
+            if finished:
+                return finished
+
+
+_worker: tuple[Workbench, Any] | None = None
+
+
+def _start_worker(config: dict[str, Any], threads: int, events: Any, parent: int) -> None:
+    global _worker
+    torch.set_num_threads(threads)
+    config = make_config([config])
+    _worker = Workbench(config, config.folder), events
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A worker whose parent was killed must not go on writing into a folder that a new start takes over."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def _work(step: Step) -> dict[str, Any]:
+    bench, events = _worker
+    return run_step(bench, step, lambda event: events.put({"step": step.name, **event}))
+
+
+class _threads:  # noqa: N801 (used as a function)
+    def __init__(self, count: int) -> None:
+        self.count, self.before = count, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self.count)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def _check_same_configuration(config: RunConfig, folder: Path) -> None:
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    here, there = (_flat(value) for value in (config.to_dict(), OmegaConf.to_container(OmegaConf.load(path))))
+    differing = [
+        f"{key} (there {there.get(key)!r}, now {here.get(key)!r})"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key) and key not in _MAY_CHANGE
+    ]
+    if differing:
+        raise M2MKDError(
+            f"{folder} was made with another configuration: {'; '.join(differing)}. Give this one a folder of its own "
+            f"with output=FOLDER, or delete {folder}"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.")
+    return flat
+
+
+def _check_provenance(bench: Workbench, steps: list[Step]) -> None:
+    """Every finished step must have been made from what its folder's neighbours hold now."""
+    for step in steps:
+        result = bench.result(step.name)
+        for need, digest in (result or {}).get("made_from", {}).items():
+            source = bench.result(need)
+            if source is None or source["weights_hash"] != digest:
+                raise M2MKDError(
+                    f"step {step.name} was made from another {need} than the one that is there now; delete "
+                    f"{bench.step_folder(step.name)} to make it again, or put the old {need} back"
+                )
+
+
+def _open_run_folder(config: RunConfig, folder: Path, command: str | None) -> None:
+    if (folder / "config.yaml").exists():
+        return
+    from m2mkd_fast.pipeline.environment import environment
+
+    facts = environment() | {"command": command or " ".join(sys.argv)}
+    write_json(folder / "run.json", facts)
+    text = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
+    write_atomically(folder / "config.yaml", lambda path: path.write_text(text))

@@ -1,0 +1,212 @@
+"""What each phase does. A step reads the results it needs, trains, and writes weights and then its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from m2mkd_fast.distill.tasks import (
+    DistillationSettings,
+    MetaFromTeacher,
+    PairTask,
+    SupervisedTask,
+    Task,
+    WholeModelDistillation,
+)
+from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.modules.chain import ModuleChain
+from m2mkd_fast.modules.meta import hybrid
+from m2mkd_fast.modules.state import save_module
+from m2mkd_fast.nn.vision_moe import expert_load
+from m2mkd_fast.pipeline.config import TrainingConfig
+from m2mkd_fast.pipeline.files import exclusive, write_json
+from m2mkd_fast.pipeline.plan import Step
+from m2mkd_fast.pipeline.training import Evaluate, FitResult, Report, fit
+from m2mkd_fast.pipeline.workbench import Workbench
+
+
+def run_step(bench: Workbench, step: Step, report: Report) -> dict[str, Any]:
+    """Do one step, or go on with it where it was left, and return its result. A finished step is not done again."""
+    folder = bench.step_folder(step.name)
+    with exclusive(folder):
+        finished = bench.result(step.name)
+        if finished is not None:
+            return finished
+        made_from = {name: bench.result(name)["weights_hash"] for name in step.needs if name != "hybrids"}
+        work = _Work(bench, step, report)
+        started = time.perf_counter()
+        result = {"step": step.name, "phase": step.phase, "arm": step.arm, "slot": step.slot}
+        result |= {"steps": 0, "images": 0, "seconds": 0.0, "flops": 0.0}
+        result |= _PHASES[step.phase](work)
+        result["wall_seconds"] = time.perf_counter() - started
+        result["made_from"] = made_from
+        write_json(folder / "result.json", result)
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        report({"kind": "finish", "message": _headline(result)})
+        return result
+
+
+class _Work:
+    """One step's tools: its trained weights, its training run, its evaluations."""
+
+    def __init__(self, bench: Workbench, step: Step, report: Report) -> None:
+        self.bench, self.step, self.report = bench, step, report
+        self.config = bench.config
+
+    def fit(self, task: Task, training: TrainingConfig, evaluate: Evaluate | None) -> FitResult:
+        return fit(
+            task,
+            self.bench.train_split,
+            training,
+            seed=self.bench.seed(self.step.phase, -1 if self.step.slot is None else self.step.slot),
+            data=self.config.data,
+            execution=self.bench.execution,
+            folder=self.bench.step_folder(self.step.name),
+            evaluate=evaluate,
+            report=self.report,
+        )
+
+    def finish(self, model: nn.Module, fitted: FitResult, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """Write the weights; the result is written after them, so a step with a result has its weights."""
+        path = self.bench.step_folder(self.step.name) / "weights.safetensors"
+        description = {"step": self.step.name, "phase": self.step.phase, "slot": self.step.slot}
+        digest = save_module(path, model, description)
+        costs = asdict(fitted)
+        terms, shares = costs.pop("terms"), costs.pop("gradient_share")
+        return {**costs, "metrics": metrics, "terms": terms, "gradient_share": shares, "weights_hash": digest, **more}
+
+
+def _teacher(work: _Work) -> dict[str, Any]:
+    bench, training = work.bench, work.config.teacher.train
+    chain = bench.teacher_chain()
+    if work.config.teacher.weights:
+        return work.finish(chain, FitResult(0, 0, 0.0, 0.0), bench.accuracies(chain))
+    fitted = work.fit(SupervisedTask(chain, training.label_smoothing), training, bench.accuracies)
+    return work.finish(chain, fitted, bench.accuracies(chain))
+
+
+def _meta(work: _Work) -> dict[str, Any]:
+    bench, training = work.bench, work.config.meta.train
+    meta = bench.meta()
+    if work.config.meta.source == "teacher":
+        task: Task = MetaFromTeacher(meta, bench.trained_teacher())
+    else:
+        task = SupervisedTask(meta, training.label_smoothing)
+    fitted = work.fit(task, training, bench.accuracies)
+    return work.finish(meta, fitted, bench.accuracies(meta))
+
+
+def _incubate(work: _Work) -> dict[str, Any]:
+    bench, training, slot = work.bench, work.config.incubation.train, work.step.slot
+    module, meta = bench.teacher_chain()[slot], bench.trained_meta()
+    settings = DistillationSettings(alpha=0.0, label_smoothing=training.label_smoothing)
+    task = PairTask(module, slot, None, meta, meta, settings)
+    fitted = work.fit(task, training, lambda module: _in_slot(bench, meta, slot, module))
+    return work.finish(module, fitted, _in_slot(bench, meta, slot, module))
+
+
+def _finetune_teacher(work: _Work) -> dict[str, Any]:
+    bench, training = work.bench, work.config.incubation.finetune
+    chain = bench.teacher_chain()
+    for i, module in enumerate(chain):
+        bench.load(module, f"mt{i}")
+    cold = bench.accuracies(chain, "cold_")
+    fitted = work.fit(SupervisedTask(chain, training.label_smoothing), training, bench.accuracies)
+    return work.finish(chain, fitted, bench.accuracies(chain) | cold)
+
+
+def _hybrids(work: _Work) -> dict[str, Any]:
+    bench = work.bench
+    teacher, meta = bench.trained_teacher(), bench.trained_meta()
+    accuracies = [_in_slot(bench, meta, i, teacher[i])["hybrid_accuracy"] for i in range(len(meta))]
+    return {
+        "metrics": {
+            "hybrid_accuracy": accuracies,
+            "teacher_accuracy": bench.accuracies(teacher)["test_accuracy"],
+            "meta_accuracy": bench.accuracies(meta)["test_accuracy"],
+        }
+    }
+
+
+def check_hybrids(result: dict[str, Any], max_drop: float) -> None:
+    """Stop a run whose teacher and meta model speak different languages: the distillation targets would be noise."""
+    metrics = result["metrics"]
+    teacher, hybrids = metrics["teacher_accuracy"], metrics["hybrid_accuracy"]
+    if min(hybrids) < teacher - max_drop:
+        listed = ", ".join(f"{accuracy:.1f}" for accuracy in hybrids)
+        raise M2MKDError(
+            f"the meta model with one of the teacher's modules reaches {listed} % (slots 0 ... {len(hybrids) - 1}), the "
+            f"teacher {teacher:.1f} %: more than meta.max_hybrid_drop={max_drop:g} points apart, so teacher and meta model "
+            "do not speak the same language at every cut and the targets of the pairs would be noise. Train the meta "
+            "model longer (meta.train.steps) and from the teacher (meta.source=teacher), or raise meta.max_hybrid_drop"
+        )
+
+
+def _pair(work: _Work) -> dict[str, Any]:
+    bench, pair, slot = work.bench, work.config.pair, work.step.slot
+    teacher, meta = bench.trained_teacher(), bench.trained_meta()
+    student = bench.student_modules()[slot]
+    settings = bench.settings(work.step.arm, pair.train.label_smoothing)
+    task = PairTask(student, slot, teacher, meta, teacher if pair.prefix == "teacher" else meta, settings)
+    fitted = work.fit(task, pair.train, lambda module: _in_slot(bench, meta, slot, module))
+    return work.finish(student, fitted, _in_slot(bench, meta, slot, student))
+
+
+def _end_to_end(work: _Work) -> dict[str, Any]:
+    bench, arm, training = work.bench, work.step.arm, work.config.e2e
+    cold: dict[str, float] = {}
+    if arm in ("scratch", "distill"):
+        training, model = baseline_training(work.config, len(bench.teacher_chain())), bench.student_model()
+    else:
+        assemblies = {}
+        for stitches in ("kept", "dropped"):
+            modules = bench.student_modules()
+            for i, module in enumerate(modules):
+                bench.load(module, f"{arm}/pair{i}")
+            assemblies[stitches] = bench.assembled(modules, stitches).model
+            cold |= bench.accuracies(assemblies[stitches], f"cold_{stitches}_")
+        model = assemblies[work.config.student.stitches]
+    if arm == "distill":
+        settings = bench.settings(arm, training.label_smoothing)
+        task: Task = WholeModelDistillation(model, bench.trained_teacher(), settings)
+    else:
+        task = SupervisedTask(model, training.label_smoothing)
+    fitted = work.fit(task, training, bench.accuracies)
+    metrics = bench.accuracies(model) | cold
+    return work.finish(model, fitted, metrics, expert_load=expert_load(model))
+
+
+def baseline_training(config: Any, slots: int) -> TrainingConfig:
+    """Training of the arms without modules, with as many steps in all as the modular arm has where that is asked for."""
+    training = TrainingConfig(**asdict(config.baseline.train))
+    if config.baseline.match_steps:
+        training.steps = config.meta.train.steps + slots * config.pair.train.steps + config.e2e.steps
+    return training
+
+
+def _in_slot(bench: Workbench, meta: ModuleChain, slot: int, module: nn.Module) -> dict[str, float]:
+    accuracies = bench.accuracies(hybrid(meta, slot, module))
+    return {"hybrid_accuracy": accuracies["test_accuracy"]}
+
+
+def _headline(result: dict[str, Any]) -> str:
+    shown = []
+    for name, value in result["metrics"].items():
+        values = value if isinstance(value, list) else [value]
+        shown.append(f"{name.replace('_', ' ')} {', '.join(f'{v:.1f}' for v in values)} %")
+    return " · ".join(shown)
+
+
+_PHASES: dict[str, Callable[[_Work], dict[str, Any]]] = {
+    "teacher": _teacher,
+    "PT": _meta,
+    "MT": _incubate,
+    "FT": _finetune_teacher,
+    "hybrids": _hybrids,
+    "m2mKD": _pair,
+    "E2E": _end_to_end,
+}

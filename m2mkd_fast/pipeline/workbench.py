@@ -1,0 +1,175 @@
+"""Makes the data and models of a configuration, and reads what earlier steps of its run folder made."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from m2mkd_fast.data import ImageDataset, Split, create_dataset
+from m2mkd_fast.data.seeds import derive_seed
+from m2mkd_fast.distill.tasks import DistillationSettings
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.evaluate import evaluate_accuracy
+from m2mkd_fast.models.registry import create_model
+from m2mkd_fast.modules.assemble import Assembly, assemble
+from m2mkd_fast.modules.chain import ModuleChain
+from m2mkd_fast.modules.meta import hybrid, meta_model
+from m2mkd_fast.modules.split import split
+from m2mkd_fast.modules.state import load_module, load_strict
+from m2mkd_fast.modules.student import student_modules
+from m2mkd_fast.pipeline.config import RunConfig
+from m2mkd_fast.pipeline.files import read_json
+from m2mkd_fast.pipeline.training import Execution
+
+
+class Workbench:
+    """Everything is made anew from (configuration, seed) where it is asked for, so every process makes the same."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.execution = Execution(config.device, config.precision)
+
+    @functools.cached_property
+    def dataset(self) -> ImageDataset:
+        return create_dataset(self.config.data.spec, **self.config.data.options)
+
+    @property
+    def train_split(self) -> Split:
+        return self.dataset.splits["train"]
+
+    def step_folder(self, name: str) -> Path:
+        return self.folder / "steps" / name
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What a step reported, or None where it is not finished."""
+        path = self.step_folder(name) / "result.json"
+        return read_json(path) if path.exists() else None
+
+    def seed(self, *words: int | str) -> int:
+        return derive_seed(self.config.seed, *words)
+
+    def teacher(self) -> tuple[nn.Module, ModuleChain]:
+        """The teacher as a whole and as the chain of its modules, with its pretrained weights where there are any."""
+        config = self.config.teacher
+        model = self._model(config.model, config.options, "teacher")
+        if config.weights:
+            load_pretrained(model, Path(config.weights))
+        return model, split(model, config.parts)
+
+    def teacher_chain(self) -> ModuleChain:
+        """The teacher's modules as they are before the run trains anything."""
+        return self.teacher()[1]
+
+    def meta(self) -> ModuleChain:
+        """The meta model, freshly initialised."""
+        teacher = self.teacher_chain()
+        torch.manual_seed(self.seed("meta"))
+        return meta_model(teacher, self.config.meta.depth)
+
+    def student_model(self) -> nn.Module:
+        """The whole student, freshly initialised, the same in every arm."""
+        return self._model(self.config.student.model, self.config.student.options, "student")
+
+    def student_modules(self) -> list[nn.Module]:
+        """The student's modules, freshly initialised, stitched to the teacher's widths."""
+        teacher, model = self.teacher_chain(), self.student_model()
+        circuit = hasattr(model, "module_key")
+        tokens = self.config.student.tokens
+        if tokens == "teacher":
+            tokens = teacher.tokens[0] or 1
+        torch.manual_seed(self.seed("stitches"))
+        return student_modules(model, None if circuit else self.config.student.parts, teacher.widths, tokens=tokens)
+
+    def assembled(self, modules: list[nn.Module], stitches: str) -> Assembly:
+        if stitches == "kept":
+            return assemble(modules, stitches="kept")
+        model = self.student_model()
+        return assemble(modules, into=model, stitches="dropped", allow_missing=getattr(model, "tensors_of_no_module", ()))
+
+    def load(self, module: nn.Module, step: str) -> nn.Module:
+        """Fill a module with the weights that a finished step made."""
+        path = self.step_folder(step) / "weights.safetensors"
+        metadata = load_module(path, module)
+        result = self.result(step)
+        if result is None or metadata["weights_hash"] != result["weights_hash"]:
+            raise M2MKDError(f"{path} is not the file that step {step} wrote; delete {path.parent} to make it again")
+        return module
+
+    @property
+    def teacher_step(self) -> str:
+        return "ft" if self.config.meta.source == "labels" else "teacher"
+
+    def trained_teacher(self) -> ModuleChain:
+        return self.load(self.teacher_chain(), self.teacher_step)
+
+    def trained_meta(self) -> ModuleChain:
+        return self.load(self.meta(), "meta")
+
+    def step_model(self, name: str) -> nn.Module:
+        """The model that a finished step made, as something that maps images to logits."""
+        result = self.result(name)
+        if result is None:
+            finished = [str(p.parent.relative_to(self.folder / "steps")) for p in self.folder.glob("steps/**/result.json")]
+            raise UnknownNameError("finished step", name, finished)
+        phase, arm, slot = result["phase"], result["arm"], result["slot"]
+        if phase == "m2mKD":
+            return hybrid(self.trained_meta(), slot, self.load(self.student_modules()[slot], name))
+        if phase == "MT":
+            return hybrid(self.trained_meta(), slot, self.load(self.teacher_chain()[slot], name))
+        if phase == "E2E":
+            modular = arm in ("m2mkd", "task") and self.config.student.stitches == "kept"
+            model = assemble(self.student_modules(), stitches="kept").model if modular else self.student_model()
+            return self.load(model, name)
+        if phase == "hybrids":
+            raise M2MKDError("step hybrids made no model; evaluate teacher, meta, a pair or an arm's e2e")
+        return self.load(self.meta() if phase == "PT" else self.teacher_chain(), name)
+
+    def settings(self, arm: str, training_smoothing: float) -> DistillationSettings:
+        """Loss weights of an arm; the arm ``task`` learns its modules from the labels alone."""
+        pair = self.config.pair
+        distils = arm != "task"
+        return DistillationSettings(
+            alpha=pair.alpha if distils else 0.0,
+            tau=pair.tau,
+            kind=pair.kind,
+            kd_reduction=pair.kd_reduction,
+            feature_weight=pair.feature_weight if distils else 0.0,
+            label_smoothing=training_smoothing,
+        )
+
+    def accuracies(self, model: nn.Module, prefix: str = "") -> dict[str, float]:
+        """Accuracy in percent on every split that is held out."""
+        device = self.execution.accelerator.device
+        return {
+            f"{prefix}{name}_accuracy": evaluate_accuracy(model.to(device), split, device=device)
+            for name, split in self.dataset.splits.items()
+            if name != "train"
+        }
+
+    def _model(self, name: str, options: dict[str, Any], stream: str) -> nn.Module:
+        channels, height, _ = self.dataset.image_shape
+        facts = {"num_classes": self.dataset.num_classes, "img_size": height, "in_chans": channels}
+        torch.manual_seed(self.seed(stream))
+        return create_model(name, **{**facts, **options})
+
+
+def load_pretrained(model: nn.Module, path: Path) -> None:
+    """Load a teacher from a safetensors file: one of this package, or a plain state dict such as timm's."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise M2MKDError(f"teacher.weights: there is no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            ours = (file.metadata() or {}).get("format", "").startswith("m2mkd_fast")
+            state = {} if ours else {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise M2MKDError(f"teacher.weights: {path} is truncated or no safetensors file ({error})") from error
+    if ours:
+        load_module(path, model)
+    else:
+        load_strict(model, state, path)
