@@ -11,7 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
-import torch  # noqa: F401  loads the libraries that the compiled modules link to
+import torch  # also loads the libraries that the compiled modules link to
 
 _REBUILD = "reinstall where a C++ compiler and torch are present (pip install --no-build-isolation -e .)"
 _REMEDY = {
@@ -34,6 +34,7 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"m2mkd_fast.{name} does not load ({error}); if it was built for another torch or Python, reinstall"
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the search for a module, and need not
 def why_missing(name: str) -> str | None:
     """None where the compiled module is loaded, else the reason."""
     return load(name)[1]
