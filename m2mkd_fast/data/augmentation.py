@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -95,11 +96,25 @@ class TimmTransform:
         from timm.data import create_transform
 
         try:
-            return create_transform(image_shape, is_training=True, mean=mean, std=std, **self.options)
+            transform = create_transform(image_shape, is_training=True, mean=mean, std=std, **self.options)
         except (TypeError, AssertionError, ValueError) as error:
             raise M2MKDError(
                 f"augmentation 'timm' with {self.options}: timm.data.create_transform says {error}"
             ) from error
+        for step in transform.transforms:
+            for operation in [*getattr(step, "ops", []), *itertools.chain(*getattr(step, "policy", []))]:
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
+        return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's operation, which also asks for 0 bits: black, and since Pillow 13 an error in the midst of a training."""
+    from PIL import ImageOps
+
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda _: 0)
 
 
 PRESETS: dict[str, type] = {"none": Unchanged, "affine": Affine, "crop_flip": CropFlip, "timm": TimmTransform}

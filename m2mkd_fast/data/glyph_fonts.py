@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from m2mkd_fast.errors import M2MKDError
+
+if TYPE_CHECKING:
+    from PIL import ImageFont
 
 # Characters whose shapes differ in every font, also when slanted, scaled and shifted: no small letter that is its
 # capital at another size (c, o, s …), no 1 l I |, O 0 together, no Greek, Cyrillic or phonetic letter that looks Latin.
@@ -93,29 +97,36 @@ def fonts_for(characters: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ..
     return TRAIN_FONTS, OOD_FONTS + (OOD_FONTS_LATIN if plain else ())
 
 
+@functools.lru_cache(maxsize=64)
+def _face(name: str, points: int) -> ImageFont.FreeTypeFont:
+    from PIL import ImageFont
+
+    return ImageFont.truetype(str(font_path(name)), points)
+
+
 def draw_masters(fonts: Sequence[str], character: str, side: int) -> Tensor:
     """A character drawn large and upright in each font: float32 [fonts, 1, side, side], 0 for paper, 1 for ink.
 
     All characters of a font have one size, in which a capital fills about two thirds of the side, but for those that
     would not leave a margin of an eighth; each is centred by its ink.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     masters = torch.empty(len(fonts), 1, side, side)
     room = side - 2 * (side // 8)
     for row, font in enumerate(fonts):
-        path = str(font_path(font))
         points = round(0.85 * side)
         while True:
-            face = ImageFont.truetype(path, points)
-            left, top, right, bottom = face.getbbox(character)
-            extent = max(right - left, bottom - top)
+            # A font's own bounding box includes the space to the next letter, so the ink is measured on a wide sheet.
+            sheet = Image.new("L", (3 * side, 3 * side), 0)
+            ImageDraw.Draw(sheet).text((side, side // 2), character, fill=255, font=_face(font, points))
+            ink = sheet.crop(sheet.getbbox())
+            extent = max(ink.size)
             if extent <= room:
                 break
             points = min(points - 1, int(points * room / extent))
         image = Image.new("L", (side, side), 0)
-        corner = ((side - right - left) / 2, (side - bottom - top) / 2)
-        ImageDraw.Draw(image).text(corner, character, fill=255, font=face)
+        image.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
         values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         masters[row, 0] = values.view(side, side).to(torch.float32) / 255
     return masters

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m2mkd_fast.data import TensorSplit, create_dataset, eval_batches, train_batches
+from m2mkd_fast.data.batches import batch_indices
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+
+AUGMENTATIONS = ["none", "affine", "crop_flip", {"name": "affine", "rotation": 0.1, "scale": 0.0}]
+TIMM = {"name": "timm", "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": "pixel"}
+
+
+@pytest.fixture(scope="module")
+def split():
+    return create_dataset("digits").splits["train"]
+
+
+@pytest.fixture(scope="module")
+def colour_split():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (37, 3, 20, 20), generator=generator, dtype=torch.uint8)
+    return TensorSplit("train", pixels, torch.arange(37) % 5, 5, (0.5, 0.4, 0.3), (0.2, 0.2, 0.3))
+
+
+def same(left, right):
+    left, right = list(left), list(right)
+    return len(left) == len(right) and all(
+        torch.equal(a, b) for one, other in zip(left, right, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
+@given(size=st.integers(1, 60), batch_size=st.integers(1, 150), seed=st.integers(0, 2**62), epochs=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_every_epoch_shows_each_image_once(size, batch_size, seed, epochs):
+    steps = -(-epochs * size // batch_size)
+    drawn = torch.cat([batch_indices(size, batch_size=batch_size, seed=seed, t=t) for t in range(steps)])
+    assert len(drawn) == steps * batch_size
+    for epoch in range(epochs):
+        assert drawn[epoch * size : (epoch + 1) * size].sort().values.tolist() == list(range(size))
+
+
+@given(size=st.integers(2, 60), batch_size=st.integers(1, 150), seed=st.integers(0, 2**62), t=st.integers(0, 10**9))
+@settings(max_examples=60, deadline=None)
+def test_far_batches_are_reached_directly_and_are_reproducible(size, batch_size, seed, t):
+    indices = batch_indices(size, batch_size=batch_size, seed=seed, t=t)
+    batch_indices(size, batch_size=batch_size, seed=seed + 1, t=0)  # would show any hidden state
+    assert len(indices) == batch_size
+    assert torch.equal(indices, batch_indices(size, batch_size=batch_size, seed=seed, t=t))
+    assert indices.min() >= 0
+    assert indices.max() < size
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    orders = [batch_indices(200, batch_size=200, seed=seed, t=t) for seed in (0, 1, 2) for t in (0, 1, 2)]
+    for i, order in enumerate(orders):
+        for other in orders[i + 1 :]:
+            assert (order == other).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=str)
+@pytest.mark.parametrize("start", [0, 1, 9, 11, 14])
+def test_starting_late_equals_skipping(split, augmentation, start):
+    options = {"batch_size": 128, "seed": 3, "stop": 14, "augmentation": augmentation}
+    assert same(train_batches(split, start=start, **options), islice(train_batches(split, **options), start, None))
+
+
+def test_starting_late_equals_skipping_with_timm(colour_split):
+    options = {"batch_size": 16, "seed": 3, "stop": 5, "augmentation": TIMM}
+    assert same(
+        train_batches(colour_split, start=2, **options), islice(train_batches(colour_split, **options), 2, None)
+    )
+
+
+@pytest.mark.parametrize("augmentation", ["affine", TIMM], ids=["affine", "timm"])
+def test_workers_change_nothing(colour_split, augmentation):
+    options = {"batch_size": 16, "seed": 5, "start": 1, "stop": 6, "augmentation": augmentation}
+    here = list(train_batches(colour_split, **options))
+    there = list(train_batches(colour_split, num_workers=2, **options))
+    assert same(here, there)
+    assert isinstance(there[0], tuple)
+
+
+@pytest.mark.parametrize("augmentation", ["affine", "crop_flip", TIMM], ids=["affine", "crop_flip", "timm"])
+def test_seeds_and_batches_are_augmented_differently(colour_split, augmentation):
+    def first_image_of(seed, t):
+        return next(train_batches(one, batch_size=1, seed=seed, start=t, stop=t + 1, augmentation=augmentation))[0]
+
+    one = TensorSplit("train", colour_split.pixels[:1], colour_split.labels[:1], 5, colour_split.mean, colour_split.std)
+    images = [first_image_of(seed, t) for seed in (0, 1) for t in range(4)]
+    distinct = {image.numpy().tobytes() for image in images}
+    assert len(distinct) >= 7
+
+
+@pytest.mark.parametrize("augmentation", ["none", "affine", "crop_flip", TIMM], ids=str)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_global_random_states_are_neither_used_nor_changed(colour_split, augmentation, num_workers):
+    def states():
+        return (
+            random.getstate(),
+            [part.tobytes() for part in np.random.get_state()[1:2]],
+            torch.get_rng_state().tolist(),
+        )
+
+    options = {"batch_size": 8, "seed": 0, "stop": 3, "augmentation": augmentation, "num_workers": num_workers}
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = states()
+    first = list(train_batches(colour_split, **options))
+    list(eval_batches(colour_split, 8, num_workers=num_workers))
+    assert states() == before
+    random.seed(2), np.random.seed(2), torch.manual_seed(2)
+    assert same(first, train_batches(colour_split, **options))
+
+
+def test_batches_larger_than_the_split(colour_split):
+    (images, labels), *rest = train_batches(colour_split, batch_size=100, seed=0, stop=2)
+    assert images.shape == (100, 3, 20, 20)
+    assert labels.shape == (100,)
+    assert labels.dtype == torch.int64
+    assert len(rest) == 1
+
+
+def test_unaugmented_images_are_the_splits_own(split):
+    images, labels = next(train_batches(split, batch_size=128, seed=0, start=4, stop=5))
+    indices = batch_indices(len(split), batch_size=128, seed=0, t=4)
+    assert torch.equal(images, (split.pixels[indices] - 0.3) / 0.36)
+    assert torch.equal(labels, split.labels[indices])
+
+
+def test_eval_batches_show_every_image_once_in_order(split):
+    batches = list(eval_batches(split, 100))
+    assert [len(labels) for _, labels in batches] == [100] * 12 + [97]
+    assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels)
+    assert torch.equal(torch.cat([images for images, _ in batches]), split.normalise(split.pixels))
+    assert same(batches, eval_batches(split, 100, num_workers=2))
+
+
+def test_far_start_is_cheap(split):
+    generator = train_batches(split, batch_size=128, seed=0, start=10**12, stop=10**12 + 1, augmentation="affine")
+    assert next(generator)[0].shape == (128, 1, 16, 16)
+
+
+def test_impossible_requests_fail_at_the_call(split, colour_split):
+    with pytest.raises(M2MKDError, match=r"start=3, stop=2"):
+        train_batches(split, batch_size=8, seed=0, start=3, stop=2)
+    with pytest.raises(M2MKDError, match=r"batch_size=0"):
+        train_batches(split, batch_size=0, seed=0, stop=2)
+    with pytest.raises(M2MKDError, match=r"batch_size=-1"):
+        eval_batches(split, -1)
+    with pytest.raises(M2MKDError, match=r"num_workers=-1"):
+        train_batches(split, batch_size=8, seed=0, stop=2, num_workers=-1)
+    empty = TensorSplit("ood", colour_split.pixels[:0], colour_split.labels[:0], 5, colour_split.mean, colour_split.std)
+    with pytest.raises(M2MKDError, match=r"'ood' has no images"):
+        eval_batches(empty, 8)
+    with pytest.raises(UnknownNameError, match=r"'afine'; did you mean 'affine'"):
+        train_batches(split, batch_size=8, seed=0, stop=2, augmentation="afine")
+    with pytest.raises(M2MKDError, match=r"3 channels and the dataset has 1"):
+        train_batches(split, batch_size=8, seed=0, stop=2, augmentation="timm")
