@@ -63,10 +63,7 @@ def create_model(name: str, **overrides: object) -> nn.Module:
     family = name.split(".")[0].split("_")[0]
     if name not in _builders and family in FAMILIES:
         importlib.import_module(FAMILIES[family])
-    if name in _builders:
-        builder = _builders[name]
-    else:
-        builder = _timm_builder(name)
+    builder = _builders[name] if name in _builders else _timm_builder(name)
     try:
         return builder(**overrides)
     except TypeError as error:
@@ -99,4 +96,8 @@ def _timm_builder(name: str) -> Builder:
 
     if not timm.is_model(name):
         raise UnknownNameError("model", name, list_models(), remedy="`m2mkd_fast.list_models()` gives all names.")
+    if "." in name:  # a tag of timm's says which weights; without weights it sets the model's default_cfg alone
+        tags = timm.list_models(name.split(".")[0] + ".*", pretrained=True)
+        if name not in tags:
+            raise UnknownNameError("model", name, tags, remedy="The tag after the dot may be left out.")
     return lambda **overrides: timm.create_model(name, pretrained=False, **overrides)

@@ -1,4 +1,4 @@
-"""A run of consecutive blocks of a timm Vision Transformer as a module of its own that shares the model's parameters."""
+"""Consecutive blocks of a timm Vision Transformer as a module of their own that shares the model's parameters."""
 
 from __future__ import annotations
 

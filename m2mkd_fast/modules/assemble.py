@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
@@ -49,7 +50,8 @@ def assemble(
         stitches: "kept": the model is the chain of the modules as they are, teacher-wide between them. "dropped": all
             tensors but the stitches are copied into `into`, as published.
         strict: whether a tensor of `into` that no module fills and a tensor of a module that has no place in `into` are
-            errors. A misshapen one is always an error.
+            errors. A misshapen one is always an error. Of a Neural Attentive Circuit the graph (signatures, codes,
+            kernels, initial states) is never in a module, so these stay what they are in `into` without being listed.
         allow_missing: shell patterns of names in `into` that no module needs to fill.
         allow_unexpected: shell patterns of names in a module that need no place in `into`.
 
@@ -111,22 +113,33 @@ def _into_transformer(
 def _into_circuit(
     modules: Sequence[nn.Module], into: nn.Module, allow_missing: tuple[str, ...], allow_unexpected: tuple[str, ...]
 ) -> Assembly:
-    """The circuit itself knows the place of a module's tensor: `module_key(index, key, num_modules)`, None for none."""
+    """The circuit knows the place of a module's tensor: `module_key(index, key, num_modules)`, None for none.
+
+    Modules that the circuit itself makes say which tensors a module has, and thereby which tensors of the circuit are
+    to be filled; all others (signatures, codes, kernels, initial states) are the circuit's own.
+    """
+    from m2mkd_fast.models.nac.student import student_modules
+
+    with torch.random.fork_rng(devices=[]):  # the examples draw codes and states
+        examples = student_modules(into, [1] * (len(modules) - 1))
     full = into.state_dict(keep_vars=True)
-    moved: dict[str, Tensor] = {}
     origins = dict.fromkeys(full, "initial")
+    own = set(full)
+    moved: dict[str, Tensor] = {}
     unexpected: list[tuple[str, Tensor]] = []
-    for i, module in enumerate(modules):
-        for key, tensor in module.state_dict().items():
+    for i, (module, example) in enumerate(zip(modules, examples, strict=True)):
+        state = module.state_dict()
+        known = example.state_dict().keys()
+        unexpected += [(f"slot {i}: {key}", tensor) for key, tensor in state.items() if key not in known]
+        for key in known:
             name = into.module_key(i, key, len(modules))
             if name is None:
                 continue
-            if name not in full:
-                unexpected.append((f"slot {i}: {key}", tensor))
-                continue
-            moved[name] = tensor
-            origins[name] = f"slot {i}: {key}"
-    return _loaded(into, moved, origins, unexpected, allow_missing, allow_unexpected)
+            own.discard(name)
+            if key in state:
+                moved[name] = state[key]
+                origins[name] = f"slot {i}: {key}"
+    return _loaded(into, moved, origins, unexpected, (*allow_missing, *own), allow_unexpected)
 
 
 def _loaded(

@@ -41,7 +41,7 @@ def load_strict(
     allow_unexpected: Iterable[str] = (),
     origins: Mapping[str, str] | None = None,
 ) -> Loaded:
-    """Copy a state dict into a module; nothing is left out unless it is listed.
+    """Copy a state dict into a module, in the module's dtypes; nothing is left out unless it is listed.
 
     A tensor that the module holds under several names (V-MoE: `blocks.3.*` and `stages.1.blocks.0.*`) is complete with
     any one of them; where several are given they must agree.
@@ -55,9 +55,15 @@ def load_strict(
         origins: where single tensors of the state come from, for the error message.
 
     Raises:
-        M2MKDError: names every missing, unexpected, misshapen and contradictory tensor, and the source.
+        M2MKDError: names every missing, unexpected, misshapen and contradictory tensor, and the source; or the module
+            has no memory to copy into (it is on the meta device).
     """
     target = module.state_dict(keep_vars=True)
+    if any(tensor.is_meta for tensor in target.values()):
+        raise M2MKDError(
+            f"{os.fspath(source)} cannot be loaded into a {type(module).__name__} on the meta device, which has no "
+            "memory; call `module.to_empty(device=...)` first"
+        )
     origins = origins or {}
 
     def described(name: str, shape: torch.Size) -> str:
@@ -84,7 +90,7 @@ def load_strict(
             )
             continue
         first = first_name.setdefault(id(target[name]), name)
-        if first != name and not torch.equal(state[first], state[name]):
+        if state[first] is not state[name] and not torch.equal(state[first], state[name]):
             problems.append(f"contradictory {first} and {name}: one tensor of the module, two values")
     if problems:
         raise M2MKDError(
@@ -140,7 +146,7 @@ def save_module(path: str | os.PathLike[str], module: nn.Module, metadata: Mappi
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(_own_memory(stored), temporary, metadata=header)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:

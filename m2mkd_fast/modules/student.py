@@ -38,6 +38,7 @@ def student_modules(
                 f"parts {parts!r} given for a circuit, whose modules are given by its propagators; pass None"
             )
         modules = circuit_modules(model, cut_widths, tokens=tokens)
+        modules[len(cut_widths)].num_classes = model.num_classes
     else:
         if parts is None:
             raise M2MKDError(f"no parts given for a {type(model).__name__}; say how to cut it, as in `split`")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -45,6 +48,21 @@ def test_a_builders_own_type_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch
         create_model("test_registry.broken")
 
 
+def test_importing_it_loads_neither_timm_nor_torchvision() -> None:
+    code = (
+        "import sys, m2mkd_fast.models, m2mkd_fast.modules; print({'timm', 'torchvision', 'triton'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_timms_tags_are_names_too() -> None:
+    model = create_model("vit_tiny_patch16_224.augreg_in21k", embed_dim=16, num_heads=2, depth=1, img_size=32)
+    assert model.embed_dim == 16
+    with pytest.raises(UnknownNameError, match=r"vit_tiny_patch16_224\.augreg_in21k'"):
+        create_model("vit_tiny_patch16_224.augreg_in20k")
+
+
 def test_registered_model_is_listed_and_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_builders", dict(registry._builders))
 
@@ -78,4 +96,4 @@ def test_golden_names_of_published_models_exist(golden_manifest) -> None:
             assert published in names
         elif published.startswith("nac_") and not published.startswith(("nac_student", "nac_scale_fewshot")):
             _, prior, data = published.split("_")
-            assert f"nac_{ {'imnet': 'imagenet', 'tinyimnet': 'tiny'}[data]}.{priors[prior]}" in names
+            assert f"nac_{ {'imnet': 'imagenet', 'tinyimnet': 'tiny'}[data] }.{priors[prior]}" in names

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from m2mkd_fast.errors import M2MKDError
@@ -52,8 +54,9 @@ def test_stitches_change_the_widths_and_are_applied() -> None:
     stage.attach_stitches(24, 40)
     assert (stage.in_width, stage.out_width) == (24, 40)
     added = set(stage.state_dict()) - set(plain.state_dict())
-    assert added == {f"{side}_stitch.{part}" for side in ("pre", "post")
-                     for part in ("ln.weight", "ln.bias", "fc.weight", "fc.bias")}
+    assert added == {
+        f"{side}_stitch.{part}" for side in ("pre", "post") for part in ("ln.weight", "ln.bias", "fc.weight", "fc.bias")
+    }
     x = torch.randn(2, 5, 24)
     assert torch.equal(stage(x), stage.post_stitch(plain(stage.pre_stitch(x))))
 
@@ -88,6 +91,19 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         stage(x.clone().requires_grad_()).square().sum().backward()
         gradients.append([parameter.grad for parameter in stage.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_travels_to_another_process() -> None:
+    stage = copy.deepcopy(TransformerStage(small_vit(), 0, 2))
+    stage.attach_stitches(None, 24)
+    x = torch.randn(2, 1, 16, 16)
+    assert torch.equal(pickle.loads(pickle.dumps(stage))(x), stage(x))
+
+
+def test_compiles_without_a_break() -> None:
+    stage = TransformerStage(small_vit(), 0, 2)
+    x = torch.randn(2, 1, 16, 16)
+    assert torch.equal(torch.compile(stage, backend="eager", fullgraph=True)(x), stage(x))
 
 
 def test_fresh_is_independent_newly_drawn_and_without_dropout() -> None:
@@ -131,7 +147,7 @@ def test_fresh_scales_by_the_place_in_its_new_chain() -> None:
     assert deviations[0] / deviations[1] == pytest.approx(8**0.5, rel=1e-4)
 
 
-class OwnForward(create_model("vit_micro").__class__):
+class OwnForward(VisionTransformer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 2
 
@@ -139,7 +155,7 @@ class OwnForward(create_model("vit_micro").__class__):
 def test_unsupported_models_are_named() -> None:
     with pytest.raises(M2MKDError, match=r"torch\.nn\.modules\.linear\.Linear.*supported are"):
         check_supported(nn.Linear(2, 2))
-    with pytest.raises(M2MKDError, match="OwnForward.*`forward` of its own"):
+    with pytest.raises(M2MKDError, match=r"OwnForward.*`forward` of its own"):
         check_supported(OwnForward(img_size=16, patch_size=4, embed_dim=16, num_heads=2, depth=2))
     with pytest.raises(M2MKDError, match="`forward` of its own"):
         check_supported(TransformerStage(small_vit(), 0, 2))

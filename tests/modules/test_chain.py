@@ -50,10 +50,19 @@ def test_indexing(chain: ModuleChain) -> None:
     assert chain[:2] == [chain[0], chain[1]]
 
 
-@pytest.mark.parametrize("use", [
-    lambda c: c[-1], lambda c: c[3], lambda c: c[-1:], lambda c: c[:-1], lambda c: c.run(torch.zeros(1, 3), -1),
-    lambda c: c.run(torch.zeros(1, 3), 0, -1), lambda c: c.run(torch.zeros(1, 3), 4), lambda c: c.check_index(-2),
-])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda c: c[-1],
+        lambda c: c[3],
+        lambda c: c[-1:],
+        lambda c: c[:-1],
+        lambda c: c.run(torch.zeros(1, 3), -1),
+        lambda c: c.run(torch.zeros(1, 3), 0, -1),
+        lambda c: c.run(torch.zeros(1, 3), 4),
+        lambda c: c.check_index(-2),
+    ],
+)
 def test_indices_out_of_range_are_refused(chain: ModuleChain, use) -> None:
     with pytest.raises(M2MKDError, match="is not in 0\\.\\."):
         use(chain)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -65,19 +65,23 @@ def test_timm_models_are_split_bit_for_bit(name: str) -> None:
     assert model(x).std() > 0
 
 
-@pytest.mark.parametrize("overrides", [
-    {"qk_norm": True},
-    {"init_values": 0.3},
-    {"reg_tokens": 3, "no_embed_class": True},
-    {"class_token": False, "global_pool": "avg"},
-    {"global_pool": "avg", "fc_norm": False},
-    {"pre_norm": True},
-    {"pos_embed": "none"},
-    {"global_pool": "max", "pool_include_prefix": True},
-    {"dynamic_img_size": True},
-    {"num_classes": 0},
-    {"img_size": (16, 24), "patch_size": (4, 8)},
-], ids=lambda overrides: "-".join(overrides))
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"qk_norm": True},
+        {"init_values": 0.3},
+        {"reg_tokens": 3, "no_embed_class": True},
+        {"class_token": False, "global_pool": "avg"},
+        {"global_pool": "avg", "fc_norm": False},
+        {"pre_norm": True},
+        {"pos_embed": "none"},
+        {"global_pool": "max", "pool_include_prefix": True},
+        {"dynamic_img_size": True},
+        {"num_classes": 0},
+        {"img_size": (16, 24), "patch_size": (4, 8)},
+    ],
+    ids=lambda overrides: "-".join(overrides),
+)
 def test_variations_are_split_bit_for_bit(overrides: dict[str, object]) -> None:
     model = randomised(vit(4, **overrides))
     chain = split(model, 3)
@@ -96,8 +100,14 @@ def test_mixture_models_are_split_bit_for_bit(kind: str, overrides: dict[str, ob
 
 
 def test_dropout_draws_the_same_numbers() -> None:
-    rates = {"pos_drop_rate": 0.2, "patch_drop_rate": 0.3, "proj_drop_rate": 0.2, "attn_drop_rate": 0.1,
-             "drop_path_rate": 0.3, "drop_rate": 0.2}
+    rates = {
+        "pos_drop_rate": 0.2,
+        "patch_drop_rate": 0.3,
+        "proj_drop_rate": 0.2,
+        "attn_drop_rate": 0.1,
+        "drop_path_rate": 0.3,
+        "drop_rate": 0.2,
+    }
     model = vit(6, **rates).train()
     chain = split(model, 3)
     x = torch.randn(4, 1, 16, 16)
@@ -128,16 +138,35 @@ def test_verify_finds_a_difference_of_one_bit() -> None:
         verify_split(model, split(vit(4, num_classes=3), 2), x)
 
 
-@pytest.mark.parametrize(("parts", "depths"), [
-    (1, (8,)), (3, (3, 3, 2)), (4, (2, 2, 2, 2)), (8, (1,) * 8), ("3", (3, 3, 2)),
-    ([1, 5, 2], (1, 5, 2)), ((4, 4), (4, 4)), ("1,5,2", (1, 5, 2)), ("balanced:2", (4, 4)),
-])
+@pytest.mark.parametrize(
+    ("parts", "depths"),
+    [
+        (1, (8,)),
+        (3, (3, 3, 2)),
+        (4, (2, 2, 2, 2)),
+        (8, (1,) * 8),
+        ("3", (3, 3, 2)),
+        ([1, 5, 2], (1, 5, 2)),
+        ((4, 4), (4, 4)),
+        ("1,5,2", (1, 5, 2)),
+        ("balanced:2", (4, 4)),
+    ],
+)
 def test_parts(parts: object, depths: tuple[int, ...]) -> None:
     model = vit()
     assert resolve_depths(model, parts) == depths
     chain = split(model, parts)
     assert tuple(stage.depth for stage in chain) == depths
     assert [stage.slot for stage in chain] == list(range(len(depths)))
+
+
+def test_equal_parts_are_as_equal_as_possible() -> None:
+    model = vit()
+    for count in range(1, 9):
+        depths = resolve_depths(model, count)
+        assert (len(depths), sum(depths)) == (count, 8)
+        assert max(depths) - min(depths) <= 1
+        assert list(depths) == sorted(depths, reverse=True)
 
 
 def test_balanced_parts_have_the_least_squared_sizes() -> None:
@@ -151,25 +180,34 @@ def test_balanced_parts_have_the_least_squared_sizes() -> None:
             return sum(size**2 for size in sizes)
 
         cuts = [(0, *middle, 8) for middle in combinations(range(1, 8), 2)]
-        best = min(cost(tuple(b - a for a, b in zip(cut[:-1], cut[1:], strict=True))) for cut in cuts)
+        best = min(cost(tuple(b - a for a, b in pairwise(cut))) for cut in cuts)
         chosen = resolve_depths(model, "balanced:3")
         assert cost(chosen) == best
         assert chosen != resolve_depths(model, 3)
 
 
-@pytest.mark.parametrize(("parts", "message"), [
-    (0, "between 1 and 8"), (9, "8 blocks into 9 modules"), (-1, "between 1 and 8"),
-    ([4, 3], r"7 blocks together, the model has 8"), ([4, 0, 4], "without blocks"), ([], "without blocks"),
-    ("balanced:9", "8 blocks into 9"), ("balanced", "not understood"), ("four", "not understood"),
-    ("balanced:0", "between 1 and 8"),
-])
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (0, "between 1 and 8"),
+        (9, "8 blocks into 9 modules"),
+        (-1, "between 1 and 8"),
+        ([4, 3], r"7 blocks together, the model has 8"),
+        ([4, 0, 4], "without blocks"),
+        ([], "without blocks"),
+        ("balanced:9", "8 blocks into 9"),
+        ("balanced", "not understood"),
+        ("four", "not understood"),
+        ("balanced:0", "between 1 and 8"),
+    ],
+)
 def test_parts_that_do_not_fit_are_refused(parts: object, message: str) -> None:
     with pytest.raises(M2MKDError, match=message):
         split(vit(), parts)
 
 
 def test_models_of_another_kind_are_named() -> None:
-    with pytest.raises(M2MKDError, match="ResNet.*supported are"):
+    with pytest.raises(M2MKDError, match=r"ResNet.*supported are"):
         split(create_model("resnet18"), 4)
     with pytest.raises(M2MKDError, match="Eva"):
         split(create_model("eva02_tiny_patch14_224", depth=2, embed_dim=48, num_heads=2), 2)
