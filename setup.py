@@ -1,7 +1,8 @@
 """Extension modules; everything else is in pyproject.toml.
 
 Environment:
-    M2MKD_BUILD_CUDA      auto (default): build the CUDA kernels where a CUDA torch and a matching CUDA toolkit are found;
+    M2MKD_BUILD_CUDA      auto (default): build the CUDA kernels where a CUDA torch and a matching CUDA toolkit are
+    found;
                           1: fail where they are not; 0: leave them out.
     TORCH_CUDA_ARCH_LIST  architectures to build for, "8.0;9.0" if unset and no GPU is visible.
     MAX_JOBS              compiler processes at a time.
@@ -25,8 +26,8 @@ TORCH_TARGET = "0x020a000000000000"  # the stable ABI as of torch 2.10
 def find_cuda_home() -> Path | None:
     """The CUDA toolkit with headers and libraries.
 
-    torch takes the folder above the nvcc on the PATH, which is wrong where that nvcc is a script that calls the real one; nvcc
-    itself, asked for a dry run, tells where it lives.
+    torch takes the folder above the nvcc on the PATH, which is wrong where that nvcc is a script that calls the real
+    one; nvcc itself, asked for a dry run, tells where it lives.
     """
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     nvcc = shutil.which("nvcc")

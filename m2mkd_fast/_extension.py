@@ -31,7 +31,10 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"m2mkd_fast.{name}"), None
     except ImportError as error:
-        return None, f"m2mkd_fast.{name} does not load ({error}); if it was built for another torch or Python, reinstall"
+        return (
+            None,
+            f"m2mkd_fast.{name} does not load ({error}); if it was built for another torch or Python, reinstall",
+        )
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the search for a module, and need not

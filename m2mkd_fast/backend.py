@@ -1,8 +1,8 @@
 """Which implementation an operator runs: chosen for each call, or forced by the user.
 
-Backends are ``reference`` (plain PyTorch, any device and dtype), ``cpu`` (C++), ``cuda`` (CUDA C++) and ``triton``. Left alone
-(``auto``), an operator takes the fastest one that can run its input, and falls back on the reference with one warning. A forced
-backend that cannot run the input raises an error with the reason.
+Backends are ``reference`` (plain PyTorch, any device and dtype), ``cpu`` (C++), ``cuda`` (CUDA C++) and ``triton``.
+Left alone (``auto``), an operator takes the fastest one that can run its input, and falls back on the reference with
+one warning. A forced backend that cannot run the input raises an error with the reason.
 
 The environment variable ``M2MKD_BACKEND`` forces from outside: ``M2MKD_BACKEND=reference``, or for single operators
 ``M2MKD_BACKEND=route=cpu,latent_attention=triton``.
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .errors import M2MKDError, UnknownNameError
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -85,8 +85,9 @@ def select_backend(op: str, reasons: Mapping[str, str | None]) -> str:
 
     Args:
         op: the operator's name.
-        reasons: for each compiled backend of the operator, fastest first, None where it can run this input, else why not.
-            A backend for another kind of device does not belong in it unless it is forced: see :func:`device_reason`.
+        reasons: for each compiled backend of the operator, fastest first, None where it can run this input, else why
+            not. A backend for another kind of device does not belong in it unless it is forced: see
+            :func:`device_reason`.
 
     Raises:
         M2MKDError: a forced backend cannot run.

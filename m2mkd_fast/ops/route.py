@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._extension import why_missing
-from ..backend import device_reason, select_backend
-from ..errors import M2MKDError, UnknownNameError
+from m2mkd_fast._extension import why_missing
+from m2mkd_fast.backend import device_reason, select_backend
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
 
 Gate = Literal["softmax_top_k", "top_k_softmax", "experts_choose"]
 
 
 class Assignment(NamedTuple):
-    """The expert-sorted assignment of T = G*S tokens in N rows (``N = T * top_k``; experts_choose: ``G * E * capacity``).
+    """The expert-sorted assignment of T = G*S tokens in N rows.
 
-    The rows of expert e are ``offsets[e] : offsets[e + 1]``, ordered by group and then by slot. Rows from ``offsets[-1]`` on
-    stand for dropped choices and have fixed contents: token 0, expert E-1, weight 0 and no gradient. So shapes depend on the
-    input's shape alone, and nothing has to be read back from the device.
+    ``N = T * top_k``; for experts_choose ``N = G * E * capacity``.
+
+    The rows of expert e are ``offsets[e] : offsets[e + 1]``, ordered by group and then by slot. Rows from
+    ``offsets[-1]`` on stand for dropped choices and have fixed contents: token 0, expert E-1, weight 0 and no gradient.
+    So shapes depend on the input's shape alone, and nothing has to be read back from the device.
     """
 
     token: Tensor
@@ -54,7 +56,8 @@ def capacity_of(tokens: int, top_k: int, experts: int, factor: float) -> int:
     """
     if tokens < 1 or top_k < 1 or experts < 1 or not factor > 0:
         raise M2MKDError(
-            f"capacity_of(tokens={tokens}, top_k={top_k}, experts={experts}, factor={factor}): every argument must be positive"
+            f"capacity_of(tokens={tokens}, top_k={top_k}, experts={experts}, factor={factor}): "
+            "every argument must be positive"
         )
     return 4 * math.ceil(math.ceil(tokens * top_k * factor / experts) / 4)
 
@@ -72,23 +75,24 @@ def route(
 
     With scores ``h = logits + noise``:
 
-    - ``softmax_top_k`` (V-MoE): ``gates = softmax_e(h)``; a token takes the ``top_k`` experts with the largest gate, and their
-      gates as weights, not renormalised.
-    - ``top_k_softmax`` (m2mKD): a token takes the ``top_k`` experts with the largest score; weights are the softmax over these
-      scores. ``gates`` holds them, and zero for the other experts.
-    - ``experts_choose``: ``gates = softmax_e(h)``; within each group every expert takes the ``capacity`` tokens with the largest
-      gate for it. ``top_k`` is not used.
+    - ``softmax_top_k`` (V-MoE): ``gates = softmax_e(h)``; a token takes the ``top_k`` experts with the largest gate,
+      and their gates as weights, not renormalised.
+    - ``top_k_softmax`` (m2mKD): a token takes the ``top_k`` experts with the largest score; weights are the softmax
+      over these scores. ``gates`` holds them, and zero for the other experts.
+    - ``experts_choose``: ``gates = softmax_e(h)``; within each group every expert takes the ``capacity`` tokens with
+      the largest gate for it. ``top_k`` is not used.
 
-    Where tokens choose, an expert fills its slots with all first choices before any second one, in token order, or, with
-    ``batch_priority``, in the order of falling first-choice weight. Choices beyond ``capacity`` slots are dropped; the other
-    weights stay as they are. Ties go to the lower index; NaN counts as the largest value.
+    Where tokens choose, an expert fills its slots with all first choices before any second one, in token order, or,
+    with ``batch_priority``, in the order of falling first-choice weight. Choices beyond ``capacity`` slots are dropped;
+    the other weights stay as they are. Ties go to the lower index; NaN counts as the largest value.
 
     Args:
         logits: [G, S, E], or [S, E] for one group. Half precisions are computed in float32.
         noise: same shape, added as it is: scale it first (V-MoE in training: standard normal times ``1 / E``).
         top_k: choices a token makes, 1 to E.
         gate: see above.
-        capacity: slots each expert has for one group; ``None`` drops nothing. Needed for ``experts_choose``, at most S there.
+        capacity: slots each expert has for one group; ``None`` drops nothing. Needed for ``experts_choose``, at most S
+            there.
         batch_priority: fill slots by importance of the token rather than by its position.
 
     Returns:
@@ -97,8 +101,8 @@ def route(
     Raises:
         M2MKDError: a shape, dtype or number is not as described above.
 
-    Source: Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", eq. 2 and section 4 (batch priority); Zhou et
-    al. 2022, "Mixture-of-Experts with Expert Choice Routing"; Lo et al. 2024, "m2mKD".
+    Source: Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", eq. 2 and section 4 (batch priority);
+    Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing"; Lo et al. 2024, "m2mKD".
     """
     scores = _checked_scores(logits, noise, top_k, gate, capacity, batch_priority)
     if gate == "experts_choose":
@@ -131,7 +135,7 @@ def route_reference(
             gates=gates,
         )
 
-    # Chosen by score: softmax keeps the order, and rounding in it can make no ties that every backend would break its own way.
+    # Chosen by score: softmax keeps the order, and its rounding, other in every backend, can then make no ties.
     choice = scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]  # [G, S, K]
     if gate == "softmax_top_k":
         gates = scores.softmax(dim=-1)
@@ -179,7 +183,8 @@ def _checked_scores(
         raise UnknownNameError("gate", gate, get_args(Gate))
     if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
         raise M2MKDError(
-            f"logits has shape {tuple(logits.shape)}; expected [groups, tokens, experts] or [tokens, experts], at least one expert"
+            f"logits has shape {tuple(logits.shape)}; "
+            "expected [groups, tokens, experts] or [tokens, experts] with at least one expert"
         )
     if not logits.is_floating_point():
         raise M2MKDError(f"logits has dtype {logits.dtype}; expected a floating dtype")
@@ -189,7 +194,7 @@ def _checked_scores(
     if gate == "experts_choose":
         if capacity is None or not 1 <= capacity <= tokens:
             raise M2MKDError(
-                f"capacity is {capacity}; with gate='experts_choose' it must be within 1 to the {tokens} tokens of a group"
+                f"capacity is {capacity}; with gate='experts_choose' it must be within 1 to {tokens}, a group's tokens"
             )
         if batch_priority:
             raise M2MKDError("batch_priority has no meaning with gate='experts_choose': leave it out")

@@ -11,14 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import M2MKDError
+from m2mkd_fast.errors import M2MKDError
 
 
 def importance_loss(gates: Tensor) -> Tensor:
     """Squared coefficient of variation of the experts' total gate.
 
-    ``I_e = sum_s gates[g, s, e]``, ``loss_g = Var_e(I) / Mean_e(I)**2`` with the population variance. V-MoE applies it to the
-    softmax of the logits *without* noise.
+    ``I_e = sum_s gates[g, s, e]``, ``loss_g = Var_e(I) / Mean_e(I)**2`` with the population variance. V-MoE applies it
+    to the softmax of the logits *without* noise.
 
     Args:
         gates: [..., S, E], non-negative; [G, S, E] as a rule.
@@ -29,7 +29,8 @@ def importance_loss(gates: Tensor) -> Tensor:
     Raises:
         M2MKDError: ``gates`` has fewer than two dimensions or no experts.
 
-    Source: Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", appendix A.2; Shazeer et al. 2017, eq. 6-7.
+    Source: Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", appendix A.2; Shazeer et al. 2017,
+        eq. 6-7.
     """
     _check_scores("gates", gates)
     return _squared_coefficient_of_variation(gates.sum(dim=-2))
@@ -95,8 +96,8 @@ def gshard_loss(gates: Tensor) -> Tensor:
     _check_scores("gates", gates)
     tokens, experts = gates.shape[-2:]
     first = torch.nn.functional.one_hot(gates.detach().argmax(dim=-1), experts)
-    # The published code takes the share as count * (1 / S) in single precision whatever the gates' is: the same here, so that
-    # values agree to the last digits.
+    # The published code takes the share as count * (1 / S) in single precision whatever the gates' is: the same here,
+    # so that values agree to the last digits.
     share = (first.sum(dim=-2).float() * (1.0 / max(tokens, 1))).to(gates.dtype)
     return (share * gates.sum(dim=-2) / max(tokens, 1)).mean(dim=-1) * experts**2
 

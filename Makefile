@@ -1,0 +1,67 @@
+# Everything runs from a fresh clone; .venv is made on first use and kept up to date by its stamp file.
+#
+#   make demo       teacher -> modules -> student on two small data sets, with a report
+#   make test       all tests;  make gates  speed and import-time limits;  make lint
+#   make bench      all benchmarks, as JSON in $(OUT)
+#   make gpu-check  on a machine with a GPU, with the python3 that is there: build in place, GPU tests, benchmarks
+#   make wheel      wheel and source distribution in dist/
+#   make soak       the property tests, many times longer
+
+PYTHON ?= python3
+MAX_JOBS ?= 2
+OUT ?= benchmarks/results/local
+SOAK_EXAMPLES ?= 5000
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+
+.PHONY: demo test gates bench gpu-check lint wheel soak clean
+
+demo: $(STAMP)
+	$(BIN)/m2mkd run configs/digits_vmoe.yaml
+	$(BIN)/m2mkd run configs/digits_nac.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+gates: $(STAMP)
+	$(BIN)/python benchmarks/gates.py
+
+bench: $(STAMP)
+	mkdir -p $(OUT)
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file --json $(OUT)/$$(basename $$file .py).json || exit 1; done
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+gpu-check:
+	mkdir -p $(OUT)
+	TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} M2MKD_BUILD_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m m2mkd_fast.info | tee $(OUT)/info.txt
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu -p no:cacheprovider
+	for file in benchmarks/bench_*.py; do \
+		PYTHONPATH=. $(PYTHON) $$file --json $(OUT)/$$(basename $$file .py).json || exit 1; done
+
+wheel: $(STAMP)
+	rm -rf dist
+	MAX_JOBS=$(MAX_JOBS) $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+	$(BIN)/python setup.py -q sdist
+
+soak: $(STAMP)
+	M2MKD_FUZZ_EXAMPLES=$(SOAK_EXAMPLES) $(BIN)/python -m pytest -q -k fuzz --timeout 0
+
+clean:
+	rm -rf build dist *.egg-info m2mkd_fast/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/.packages: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r constraints.txt
+	touch $@
+
+$(STAMP): $(VENV)/.packages $(NATIVE)
+	MAX_JOBS=$(MAX_JOBS) $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@

@@ -1,0 +1,49 @@
+"""Module-to-module knowledge distillation for modular vision transformers.
+
+Take a pretrained model apart into modules, distil each into the matching module of a modular student, put the student
+together. The names below are loaded on first use, so that importing the package costs next to nothing and starts no
+CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Assembly": "modules",
+    "M2MKDError": "errors",
+    "ModuleChain": "modules",
+    "UnknownNameError": "errors",
+    "assemble": "modules",
+    "create_dataset": "data",
+    "create_model": "models",
+    "hybrid": "modules",
+    "list_datasets": "data",
+    "list_models": "models",
+    "load_module": "modules",
+    "meta_model": "modules",
+    "pair_loss": "distill.pair_loss",
+    "register_model": "models",
+    "save_module": "modules",
+    "split": "modules",
+    "student_modules": "modules",
+    "use_backend": "backend",
+    "verify_split": "modules",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
