@@ -116,7 +116,6 @@ class _Running:
     done: int
     began: float
     printed: float
-    facts: str = ""
     task: TaskID | None = None
 
 
@@ -150,6 +149,7 @@ class ProgressDisplay(_Events):
                 TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[left]}", markup=False),
                 TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
                 console=self._console,
                 expand=True,
@@ -232,7 +232,7 @@ class ProgressDisplay(_Events):
         now = self._clock()
         running = _Running(total, done, done, began=now, printed=now)
         if self._bars is not None:
-            running.task = self._bars.add_task(name, total=total, completed=done, facts="")
+            running.task = self._bars.add_task(name, total=total, completed=done, left="", facts="")
         else:
             self._print(f"{name}: {f'continues at {done:,}/{total:,}' if done else f'starts, {total:,} steps'}")
         self._running[name] = running
@@ -240,14 +240,14 @@ class ProgressDisplay(_Events):
     def _on_update(self, event: Mapping[str, Any]) -> None:
         running, now = self._of(event["step"]), self._clock()
         running.done = int(event["done"])
-        running.facts = ", ".join([*_facts(event), *_time_left(running, now)])
+        facts, left = _facts(event), _time_left(running, now)
         if self._bars is not None and running.task is not None:
-            self._bars.update(running.task, completed=running.done, facts=running.facts)
+            self._bars.update(running.task, completed=running.done, left=left, facts=", ".join(facts))
         elif now - running.printed >= self._interval:
             running.printed = now
             percent = f" ({100 * running.done / running.total:.0f} %)" if running.total else ""
-            line = f"{event['step']}: {running.done:,}/{running.total:,}{percent}"
-            self._print(line + (f", {running.facts}" if running.facts else ""))
+            count = f"{event['step']}: {running.done:,}/{running.total:,}{percent}"
+            self._print(", ".join([count, *facts, *([left] if left else [])]))
 
     def _on_finish(self, event: Mapping[str, Any]) -> None:
         running = self._of(event["step"])
@@ -290,9 +290,9 @@ def _facts(event: Mapping[str, Any]) -> list[str]:
     return facts
 
 
-def _time_left(running: _Running, now: float) -> list[str]:
-    """Remaining time at the mean pace since the start; nothing before there is a pace."""
+def _time_left(running: _Running, now: float) -> str:
+    """Remaining time at the mean pace since the start; empty before there is a pace."""
     done, elapsed = running.done - running.first, now - running.began
     if done <= 0 or elapsed <= 0:
-        return []
-    return [f"{duration(elapsed / done * max(0, running.total - running.done))} left"]
+        return ""
+    return f"{duration(elapsed / done * max(0, running.total - running.done))} left"

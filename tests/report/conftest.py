@@ -59,7 +59,9 @@ class RunWriter:
 
     def hybrids(self) -> None:
         accuracies = [80.0 + slot for slot in range(self.slots)]
-        self.step("hybrids", [], phase="hybrids", steps=0, seconds=2.0, flops=0.0, metrics={"hybrid_accuracy": accuracies})
+        self.step(
+            "hybrids", [], phase="hybrids", steps=0, seconds=2.0, flops=0.0, metrics={"hybrid_accuracy": accuracies}
+        )
 
     def pair(self, arm: str, slot: int, steps: int = 200, finished: bool = True) -> Path:
         cost = {"flops": PAIR_FLOPS * (1 + slot / 10), "seconds": PAIR_SECONDS * (1 + slot / 10)}
@@ -95,7 +97,11 @@ class RunWriter:
             return self.step(f"{arm}/e2e", lines[: len(lines) // 2])
         metrics = {"test_accuracy": end, "ood_accuracy": end - 30.0}
         if cold:
-            metrics |= {"cold_test_accuracy": cold, "cold_kept_test_accuracy": cold, "cold_dropped_test_accuracy": cold - 25}
+            metrics |= {
+                "cold_test_accuracy": cold,
+                "cold_kept_test_accuracy": cold,
+                "cold_dropped_test_accuracy": cold - 25,
+            }
         result: dict[str, Any] = {"phase": "E2E", "arm": arm, "steps": steps, "metrics": metrics}
         result |= {key: value * steps for key, value in per_step.items()}
         if load:
