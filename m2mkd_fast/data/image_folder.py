@@ -15,6 +15,7 @@ from m2mkd_fast.data.subset import check_num_classes, choose_images
 from m2mkd_fast.errors import M2MKDError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+OOD_LAYOUT = "expected <class>/<image>"
 LAYOUT = "expected train/<class>/<image> and val/<class>/<image> (or test/<class>/<image>)"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)
@@ -59,7 +60,7 @@ def create_image_folder(
     image, or the classes for training and testing differ.
     """
     root = Path(path).expanduser()
-    _require_folder(root, "dataset folder")
+    _require_folder(root, "dataset folder", LAYOUT)
     tiny = (root / "val" / "val_annotations.txt").is_file()
     size, channels = image_size or (64 if tiny else 224), in_chans or 3
     fraction = crop_fraction or (1.0 if tiny else 0.875)
@@ -68,9 +69,9 @@ def create_image_folder(
     files = _find_tiny_imagenet(root) if tiny else _find_classes(root)
     ood_root = Path(ood).expanduser() if ood is not None else root / "ood"
     if ood is not None:
-        _require_folder(ood_root, "ood folder")
+        _require_folder(ood_root, "ood folder", OOD_LAYOUT)
     if ood_root.is_dir():
-        files["ood"] = _class_files(ood_root)
+        files["ood"] = _class_files(ood_root, OOD_LAYOUT)
     names = sorted(files["train"])
     _check_same_classes(files, root)
     names = names[: check_num_classes(root.name, num_classes, len(names))]
@@ -84,6 +85,8 @@ def create_image_folder(
                 root.name, labels, num_classes=len(names), images_per_class=images_per_class, seed=seed
             )
             paths, labels = [paths[i] for i in kept.tolist()], labels[kept]
+        if not paths:
+            raise M2MKDError(f"the {split} folder has no image of the {len(names)} classes kept; raise num_classes")
         listed[split] = (paths, labels)
     unreadable = UnreadableImages(sum(len(paths) for paths, _ in listed.values()), max_unreadable)
     splits, offset = {}, 0
@@ -120,28 +123,28 @@ def _check_options(size: int, channels: int, fraction: float, max_unreadable: in
         raise M2MKDError(f"check={check!r}: one of 'header', 'decode', 'none'")
 
 
-def _require_folder(folder: Path, what: str) -> None:
+def _require_folder(folder: Path, what: str, layout: str) -> None:
     if folder.is_dir():
         return
     if folder.exists():
-        raise M2MKDError(f"{what} {folder} is a file; {LAYOUT} in a folder (unpack an archive first)")
+        raise M2MKDError(f"{what} {folder} is a file; {layout} in a folder (unpack an archive first)")
     parent = folder.absolute().parent
     while not parent.is_dir():
         parent = parent.parent
     here = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
     near = difflib.get_close_matches(folder.name, here, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(str(parent / name) for name in near)}?" if near else f"{parent} exists."
-    raise M2MKDError(f"{what} {folder} does not exist; {LAYOUT} in it; {hint}")
+    raise M2MKDError(f"{what} {folder} does not exist; {layout} in it; {hint}")
 
 
 def _images_in(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.rglob("*") if entry.suffix.lower() in EXTENSIONS)
 
 
-def _class_files(folder: Path) -> Files:
+def _class_files(folder: Path, layout: str) -> Files:
     classes = {entry.name: _images_in(entry) for entry in sorted(folder.iterdir()) if entry.is_dir()}
     if not classes:
-        raise M2MKDError(f"{folder} has no class folders; {LAYOUT}")
+        raise M2MKDError(f"{folder} has no class folders; {layout}")
     empty = [name for name, images in classes.items() if not images]
     if empty:
         raise M2MKDError(
@@ -157,12 +160,12 @@ def _find_classes(root: Path) -> dict[str, Files]:
         missing = "train" if not (root / "train").is_dir() else "val or test"
         found = sorted(entry.name for entry in root.iterdir())[:8]
         raise M2MKDError(f"{root} has no folder {missing}; {LAYOUT}; it has: {', '.join(found) or 'nothing'}")
-    return {"train": _class_files(root / "train"), "test": _class_files(test)}
+    return {"train": _class_files(root / "train", LAYOUT), "test": _class_files(test, LAYOUT)}
 
 
 def _find_tiny_imagenet(root: Path) -> dict[str, Files]:
     annotations = root / "val" / "val_annotations.txt"
-    _require_folder(root / "train", "Tiny-ImageNet's folder")
+    _require_folder(root / "train", "Tiny-ImageNet's folder", LAYOUT)
     test: Files = {}
     for number, line in enumerate(annotations.read_text().splitlines(), start=1):
         columns = line.split("\t")
@@ -174,7 +177,7 @@ def _find_tiny_imagenet(root: Path) -> dict[str, Files]:
         if not image.is_file():
             raise M2MKDError(f"{annotations} line {number} names {columns[0]}, which is not in {image.parent}")
         test.setdefault(columns[1], []).append(image)
-    return {"train": _class_files(root / "train"), "test": test}
+    return {"train": _class_files(root / "train", LAYOUT), "test": test}
 
 
 def _check_same_classes(files: dict[str, Files], root: Path) -> None:
