@@ -51,8 +51,8 @@ class TransformerStage(VisionTransformer):
     State names are the published ones: `patch_embed.*`, `cls_token`, `pos_embed`, `blocks.0.*` counted from 0 in each
     stage, `norm.*`, `head.*`.
 
-    A view holds modules and parameters, not names: replacing a module of the model afterwards (`reset_classifier`) does
-    not reach the view, changing parameter values, moving or casting does.
+    A view holds modules and parameters, not names: replacing one in the model afterwards (`reset_classifier`, and
+    `to_empty` from the meta device) does not reach the view; changing values, moving and casting do.
 
     Attributes:
         slot: position of the stage in its chain, or None where nobody has said.

@@ -91,8 +91,9 @@ def _slot_problems(meta: ModuleChain, index: int, module: nn.Module, what: str) 
     if index == len(meta) - 1:
         facts.append(("num_classes", "this number of classes:"))
     for fact, meaning in facts:
-        theirs, ours = getattr(module, fact, None), getattr(place, fact)
-        if theirs is not None and _comparable(theirs) != _comparable(ours):
+        theirs, ours = getattr(module, fact, None), getattr(place, fact, None)
+        # A circuit's read-in does not say: it takes images of several sizes.
+        if None not in (theirs, ours) and _comparable(theirs) != _comparable(ours):
             problems.append(f"{what} is for {meaning} {theirs}, the meta model for {ours}")
     return problems
 

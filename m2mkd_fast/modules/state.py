@@ -62,7 +62,7 @@ def load_strict(
     if any(tensor.is_meta for tensor in target.values()):
         raise M2MKDError(
             f"{os.fspath(source)} cannot be loaded into a {type(module).__name__} on the meta device, which has no "
-            "memory; call `module.to_empty(device=...)` first"
+            "memory; build the module on a real device"
         )
     origins = origins or {}
 

@@ -135,6 +135,17 @@ def test_hybrid_refuses_what_does_not_fit(teacher: ModuleChain) -> None:
         hybrid(meta, 0, split(vit(in_chans=3), 3)[0])
 
 
+def test_hybrid_of_a_chain_that_says_little() -> None:
+    """A circuit's modules in their own chain, with their stitches, take the place of a meta model as well."""
+    torch.manual_seed(0)
+    modules = student_modules(create_model("nac_micro.ring"), None, [24, 24, 24])
+    chain = ModuleChain(modules)
+    other = student_modules(create_model("nac_micro.ring"), None, [24, 24, 24])
+    assert hybrid(chain, 0, other[0])[:] == [other[0], *modules[1:]]
+    stages = student_modules(vit(depth=4), 4, [24, 24, 24])
+    assert hybrid(chain, 0, stages[0])(IMAGES).shape == (2, 10)
+
+
 def test_compatible_parts_pass(teacher: ModuleChain) -> None:
     students = student_modules(vit(embed_dim=8), 3, teacher.widths)
     check_compatible(teacher, meta_model(teacher), students)
