@@ -46,7 +46,7 @@ def plot_pair_losses(run: Run) -> Figure | None:
     elif values:
         panels[0, 0].set_ylim(bottom=0)
     figure.supxlabel("training step of the pair", fontsize=10.5, color="#3C4043")
-    figure.supylabel("loss (nats)", fontsize=10.5, color="#3C4043")
+    figure.supylabel("loss", fontsize=10.5, color="#3C4043")
     figure.legend(handles=_handles(drawn), loc="outside upper center", ncols=min(len(drawn), 6), handlelength=3.2)
     return figure
 

@@ -126,7 +126,7 @@ def _label_ends(
         right = axes.get_xlim()[1]
         axes.plot([spent, right], [end, height], color=ARM_COLOURS[arm], linewidth=0.9, alpha=0.6, ls=(0, (1, 2)))
         axes.annotate(
-            f"{arm} {end:.1f}",
+            f"{arm} {end:.1f}" + ("" if accuracy["arms"][arm]["final_test_accuracy"] else "\nso far"),
             (right, height),
             xytext=(4, 0),
             textcoords="offset points",
