@@ -209,7 +209,7 @@ def _build(size: str, tag: str, **overrides: Any) -> VMoE:
     arguments = {**_SIZES[size], **_TAGS[tag]}
     if tag == "m2mkd" and size in _STAGES and "depth" not in overrides:
         arguments["divided_depths"] = _STAGES[size]
-    if "divided_depths" in overrides:
+    if overrides.get("divided_depths") is not None:
         arguments["depth"] = None  # it follows from the stages
     return VMoE(**{**arguments, **overrides})
 

@@ -1,0 +1,200 @@
+"""Routers: gates, noise, groups, capacity, losses, and arguments that do not go together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.nn.router import ROUTERS, Router
+from m2mkd_fast.ops.route import capacity_of
+from m2mkd_fast.ops.routing_losses import gshard_loss, importance_loss, load_loss, router_z_loss
+
+LOSS_WEIGHTS = {"importance": 0.5, "load": 0.25, "gshard": 2.0, "z": 3.0}
+
+
+def build(**arguments: object) -> Router:
+    torch.manual_seed(0)
+    return Router(8, **{"num_experts": 4, "top_k": 2, **arguments})
+
+
+def tokens(batch: int = 8, length: int = 5) -> Tensor:
+    return torch.randn(batch, length, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_m2mkd_router() -> None:
+    router = build(**ROUTERS["m2mkd"]).train()
+    x = tokens()
+    routing = router(x)
+    assert set(dict(router.named_parameters())) == {"gate.weight", "gate.bias"}
+    logits = nn.functional.linear(x.view(-1, 8), router.gate.weight, router.gate.bias)
+    best = logits.topk(2)
+    weight = routing.assignment.weight[routing.assignment.place]
+    torch.testing.assert_close(weight, best.values.softmax(dim=-1))
+    assert torch.equal(routing.assignment.expert[routing.assignment.place], best.indices)
+    assert routing.losses == {}
+    assert router.auxiliary_loss(routing.losses) is None
+
+
+def test_vmoe_router_in_evaluation() -> None:
+    router = build(**ROUTERS["vmoe"]).eval()
+    x = tokens()
+    routing = router(x)
+    assert set(dict(router.named_parameters())) == {"gate.weight"}
+    best = nn.functional.linear(x.view(-1, 8), router.gate.weight).softmax(dim=-1).topk(2)
+    place = routing.assignment.place
+    assert (place >= 0).all(), "a factor of 4 gives every token a slot"
+    torch.testing.assert_close(routing.assignment.weight[place], best.values)
+    assert torch.equal(routing.assignment.expert[place], best.indices)
+    assert routing.losses == {}
+
+
+def test_noise_has_the_published_scale_and_reaches_the_weights() -> None:
+    router = build(noise_std=2.0).train()
+    with torch.no_grad():
+        router.gate.weight.zero_()  # then the gates are the softmax of the noise alone
+    gates = router(tokens(400, 50)).assignment.gates
+    noise = gates.log() - gates.log().mean(dim=-1, keepdim=True)
+    # Four values less their mean keep 3/4 of the variance.
+    assert noise.std().item() == pytest.approx(2.0 / 4 * 0.75**0.5, rel=0.02)
+    unscaled = torch.ones(1, 40, 4)
+    unscaled[..., 0] = 0.0
+    given = router(tokens(), noise=unscaled).assignment.gates
+    torch.testing.assert_close(given, (0.5 * unscaled).softmax(dim=-1))
+
+
+def test_groups_are_routed_independently() -> None:
+    router = build(top_k=1, capacity_factor=0.5, group_size=2)
+    x = tokens(8)
+    together = router(x)
+    slots = capacity_of(10, 1, 4, 0.5)
+    assert together.logits.shape == (4, 10, 4)
+    alone = [router(part) for part in x.split(2)]
+    kept = torch.cat([part.assignment.place.ge(0) for part in alone])
+    assert torch.equal(together.assignment.place.ge(0), kept)
+    assert together.assignment.offsets[-1] < 40
+    assert all(part.assignment.offsets.diff().max() <= slots for part in alone)
+
+
+def test_batch_priority_keeps_the_surest_tokens() -> None:
+    x = tokens(1, 64)
+    options = {"top_k": 1, "capacity_factor": 0.5}
+    sure = build(**options, batch_priority=True)(x)
+    gates = sure.logits[0].softmax(dim=-1)
+    for expert in range(4):
+        mine = gates.argmax(dim=-1) == expert
+        kept = (sure.assignment.place[:, 0] >= 0) & mine
+        if kept.any() and (mine & ~kept).any():
+            assert gates[kept, expert].min() >= gates[mine & ~kept, expert].max()
+    first = build(**options)(x)
+    assert not torch.equal(first.assignment.place.ge(0), sure.assignment.place.ge(0))
+
+
+def test_capacity_differs_between_training_and_evaluation() -> None:
+    router = build(top_k=1, capacity_factor=0.5, eval_capacity_factor=4.0)
+    x = tokens(8)
+    assert router.train()(x).assignment.offsets[-1] < 40
+    assert router.eval()(x).assignment.offsets[-1] == 40
+    same = build(top_k=1, capacity_factor=0.5)
+    assert same.eval()(x).assignment.offsets[-1] < 40
+
+
+@pytest.mark.parametrize("batch", [3, 8, 11])
+def test_batches_that_do_not_split_into_groups(batch: int) -> None:
+    x = tokens(batch)
+    tight = build(capacity_factor=1.05, group_size=4)
+    balanced = build(importance_loss_weight=1.0, group_size=4)
+    for router in (tight.train(), tight.eval(), balanced.train()):
+        if batch == 11:
+            with pytest.raises(M2MKDError, match="batch of 11 images does not split into groups of 4"):
+                router(x)
+        else:
+            assert router(x).logits.shape[0] == (2 if batch == 8 else 1)
+    assert balanced.eval()(x).logits.shape[0] == 1, "without slots and losses groups make no difference"
+    assert build(**ROUTERS["vmoe"]).eval()(x).logits.shape[0] == 1
+
+
+def test_tokens_without_images_are_one_group() -> None:
+    router = build(capacity_factor=1.0, group_size=2)
+    assert router(tokens().view(40, 8)).logits.shape == (1, 40, 4)
+
+
+def test_experts_choose_their_tokens() -> None:
+    router = build(gate="experts_choose", capacity_factor=2.0, group_size=4, importance_loss_weight=1.0).train()
+    routing = router(tokens(8))
+    slots = capacity_of(20, 1, 4, 2.0)
+    assert torch.equal(routing.assignment.offsets.diff(), torch.full((4,), 2 * slots))
+    assert routing.assignment.place.shape == (40, 0)
+    assert set(routing.losses) == {"importance"}
+    few = build(gate="experts_choose", capacity_factor=2.0)(tokens(1, 3))
+    assert torch.equal(few.assignment.offsets.diff(), torch.full((4,), 3)), "no more slots than tokens"
+
+
+def test_losses_are_means_over_groups() -> None:
+    weights = {f"{name}_loss_weight": weight for name, weight in LOSS_WEIGHTS.items()}
+    router = build(noise_std=1.0, group_size=2, **weights).train()
+    noise = torch.randn(4, 10, 4)
+    routing = router(tokens(8), noise)
+    logits, scaled = routing.logits, noise / 4
+    wanted = {
+        "importance": importance_loss(logits.softmax(dim=-1)).mean(),
+        "load": load_loss(logits, scaled, top_k=2, noise_std=1 / 4).mean(),
+        "gshard": gshard_loss((logits + scaled).softmax(dim=-1)).mean(),
+        "z": router_z_loss(logits).mean(),
+    }
+    assert set(routing.losses) == set(wanted)
+    for name, loss in wanted.items():
+        torch.testing.assert_close(routing.losses[name], loss)
+    total = sum(LOSS_WEIGHTS[name] * loss for name, loss in wanted.items())
+    torch.testing.assert_close(router.auxiliary_loss(routing.losses), total)
+
+
+@pytest.mark.parametrize("name", LOSS_WEIGHTS)
+def test_losses_of_weight_zero_are_not_computed(name: str) -> None:
+    router = build(noise_std=1.0, **{f"{name}_loss_weight": 1.0}).train()
+    routing = router(tokens())
+    assert set(routing.losses) == {name}
+    routing.losses[name].backward()
+    assert router.gate.weight.grad.abs().sum() > 0
+    assert router.eval()(tokens()).losses == {}
+
+
+@pytest.mark.parametrize("router", ["m2mkd", "vmoe"])
+def test_no_tokens(router: str) -> None:
+    routing = build(**ROUTERS[router]).train()(tokens(0))
+    assert routing.assignment.offsets.eq(0).all()
+    assert all(loss == 0 for loss in routing.losses.values())
+
+
+def test_float64_stays_float64() -> None:
+    routing = build().double()(tokens().double())
+    assert routing.logits.dtype == routing.assignment.weight.dtype == torch.float64
+
+
+BAD = {
+    "gate": ({"gate": "softmax_topk"}, "did you mean 'softmax_top_k'"),
+    "experts": ({"num_experts": 0, "top_k": 0}, "num_experts is 0"),
+    "top_k": ({"top_k": 5}, "top_k is 5; with 4 experts"),
+    "factor": ({"capacity_factor": 0.0}, "capacity_factor is 0.0"),
+    "evaluation factor": ({"eval_capacity_factor": -1.0}, "eval_capacity_factor is -1.0"),
+    "no factor": ({"gate": "experts_choose"}, "needs a capacity_factor"),
+    "priority": ({"gate": "experts_choose", "capacity_factor": 1.0, "batch_priority": True}, "batch_priority has no"),
+    "group": ({"group_size": 0}, "group_size is 0"),
+    "noise": ({"noise_std": -1.0}, "noise_std is -1.0"),
+    "load without noise": ({"load_loss_weight": 0.1}, "load_loss_weight is 0.1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_arguments_that_do_not_go_together(case: str) -> None:
+    arguments, message = BAD[case]
+    with pytest.raises(M2MKDError, match=message):
+        build(**arguments)
+
+
+def test_errors_are_of_the_right_kind() -> None:
+    with pytest.raises(UnknownNameError):
+        build(gate="top_k")
+    with pytest.raises(M2MKDError, match=r"x has shape \(8,\)"):
+        build()(torch.randn(8))
