@@ -28,8 +28,8 @@ class LatentAttention(nn.Module):
         kernel_kwargs: options of the kernel.
         mask_attn_scores_with_affinities: add log affinities to the scores.
         scale_attention_by_affinities_after_softmax: multiply the attention weights by affinities.
-        normalize_kernel_along_keys: the affinities of a receiver sum to one. Matters to the scaling after the softmax alone
-            (the softmax removes it from the scores), and is computed only there.
+        normalize_kernel_along_keys: the affinities of a receiver sum to one. Matters to the scaling after the softmax
+            alone (the softmax removes it from the scores), and is computed only there.
         share_layernorm: senders use the receivers' layer norm.
         qkv_bias: queries, keys and values have biases.
         path_drop_prob: probability of dropping the branch of an image.

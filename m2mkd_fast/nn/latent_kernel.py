@@ -23,8 +23,9 @@ class DotProductKernel(nn.Module):
         learnable_bandwidth: the bandwidth is a parameter, else a buffer.
         stochastic_kernel: sample edges while training.
         stochastic_sampling_temperature: temperature of the relaxed Bernoulli variables.
-        stochastic_eval_behaviour: what a stochastic kernel does in evaluation: ``"no_sample"`` uses the probabilities as
-            they are, ``"sample"`` samples, ``"threshold"`` keeps the edges of probability 1/2 and more and makes them equal.
+        stochastic_eval_behaviour: what a stochastic kernel does in evaluation: ``"no_sample"`` uses the probabilities
+            as they are, ``"sample"`` samples, ``"threshold"`` keeps the edges of probability 1/2 and more and makes
+            them equal.
         straight_through: of the published configurations; without effect, see the maths.
     """
 

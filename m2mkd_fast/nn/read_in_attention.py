@@ -24,9 +24,9 @@ class ReadInAttention(nn.Module):
         include_residual: add the latents' states to what they read.
         layer_scale_initial_value: ``None`` for no layer scale.
         qkv_bias: queries, keys and values have biases.
-        mod_fc_kwargs: options of the four :class:`~m2mkd_fast.nn.modulated_linear.ModulatedLinear`. A normalisation after the scale
-            (``scale_times_input_normalization_type``) makes the layer compute the keys and values of every pair, which
-            takes many times the time and memory.
+        mod_fc_kwargs: options of the four :class:`~m2mkd_fast.nn.modulated_linear.ModulatedLinear`. A normalisation
+            after the scale (``scale_times_input_normalization_type``) makes the layer compute the keys and values of
+            every pair, which takes many times the time and memory.
 
     Shapes: receiver_states ``[B, U, state_dim]``, receiver_codes ``[U or 1, code_dim]``, inputs ``[B, V, input_dim]``;
     returns ``[B, U, state_dim]``.

@@ -1,4 +1,4 @@
-"""The two small layers at the end of a residual branch. As in timm, without importing timm (and torchvision) for them."""
+"""The two small layers at the end of a residual branch, as in timm, without importing timm (and torchvision)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop the branch of a whole image with some probability while training, and scale up the branches that are kept."""
+    """Drop the branch of a whole image with some probability while training, and scale up those that are kept."""
 
     def __init__(self, probability: float = 0.0) -> None:
         super().__init__()

@@ -33,12 +33,13 @@ def latent_affinity(
         k^*_{buv} &= \log \sigma\big((\operatorname{logit} e^{k_{uv}} + \operatorname{logit} \upsilon_{buv}) / T\big)
 
     The third line is one relaxed Bernoulli draw of every edge per image, in place of k, and needs ``uniform``. As in
-    ``torch.distributions`` probabilities and noise are clamped to ``[eps, 1 - eps]`` of the dtype: a truncated edge keeps
-    the probability eps, and neither it nor an edge of probability 1 has a gradient. Gradients of truncated edges are zero
-    without sampling, too: what a sender of weight zero says reaches no loss. (The published code can estimate a "straight
-    through" gradient for them; in log space that estimate is always multiplied by zero.)
+    ``torch.distributions`` probabilities and noise are clamped to ``[eps, 1 - eps]`` of the dtype: a truncated edge
+    keeps the probability eps, and neither it nor an edge of probability 1 has a gradient. Gradients of truncated edges
+    are zero without sampling, too: what a sender of weight zero says reaches no loss. (The published code can estimate
+    a "straight through" gradient for them; in log space that estimate is always multiplied by zero.)
 
-    Everything is computed in float32 at least, under autocast as well: half precision moves edges across the truncation.
+    Everything is computed in float32 at least, under autocast as well: half precision moves edges across the
+        truncation.
 
     Args:
         receiver_signatures: ``[U, S]``.
@@ -88,10 +89,8 @@ def latent_affinity_reference(
     scaled = distance / bandwidth
     log_affinity = -scaled
     if truncation is not None:
-        if truncation_implementation == "direct":
-            cut = scaled > truncation / bandwidth
-        else:
-            cut = distance >= truncation
+        direct = truncation_implementation == "direct"
+        cut = scaled > truncation / bandwidth if direct else distance >= truncation
         log_affinity = log_affinity.masked_fill(cut, -math.inf)
     if uniform is not None:
         log_affinity = _sample(log_affinity, uniform.to(distance.dtype), temperature)

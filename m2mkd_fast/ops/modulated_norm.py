@@ -10,7 +10,7 @@ def modulated_norm(inputs: Tensor, weight: Tensor, bias: Tensor, scales: Tensor,
     r"""Normalise once, scale M times.
 
     .. math::
-        y_{m,b,n,c} = s_{m,n,c}\,\Big(\gamma_c \frac{x_{b,n,c} - \mu_{b,n}}{\sqrt{\sigma^2_{b,n} + \epsilon}} + \beta_c\Big)
+        y_{mbnc} = s_{mnc} \Big(\gamma_c \frac{x_{bnc} - \mu_{bn}}{\sqrt{\sigma^2_{bn} + \epsilon}} + \beta_c\Big)
 
     Keys and values read the same normalised senders with two different scales; one pass over ``inputs`` serves both.
 

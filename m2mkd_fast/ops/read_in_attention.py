@@ -24,15 +24,16 @@ def read_in_attention(
         k_{uvh} = W^K_h (s^K_u \circ x_v) + b^K_h, \quad v_{uvh} = W^V_h (s^V_u \circ x_v) + b^V_h, \quad
         o_{uh} = \sum_v \mathrm{softmax}_v\Big(\frac{q_{uh} \cdot k_{uvh}}{\sqrt D}\Big)\, v_{uvh}
 
-    Keys and values of all pairs would be ``[B, H, U, V, D]``. They never exist: the projections move to the other side of
-    both products, which is exact,
+    Keys and values of all pairs would be ``[B, H, U, V, D]``. They never exist: the projections move to the other side
+    of both products, which is exact,
 
     .. math::
-        \tilde q_{uh} = s^K_u \circ (W^K_h)^\top q_{uh} / \sqrt D, \quad P = \mathrm{softmax}_v(\tilde q_{uh} \cdot x_v),
-        \quad o_{uh} = W^V_h \Big(s^V_u \circ \sum_v P_{uhv}\, x_v\Big) + b^V_h
+        \tilde q_{uh} = s^K_u \circ (W^K_h)^\top q_{uh} / \sqrt D, \quad
+        P = \mathrm{softmax}_v(\tilde q_{uh} \cdot x_v), \quad
+        o_{uh} = W^V_h \Big(s^V_u \circ \sum_v P_{uhv}\, x_v\Big) + b^V_h
 
-    and needs a number of operations that is smaller by about the size of a head. The key bias cancels in the softmax; it is
-    kept so that it has a gradient (zero up to rounding).
+    and needs a number of operations that is smaller by about the size of a head. The key bias cancels in the softmax;
+    it is kept so that it has a gradient (zero up to rounding).
 
     Args:
         query: q ``[B, H, U, D]``.
@@ -79,7 +80,7 @@ def read_in_attention_reference(
 
 
 def attend_to_own_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention ``[B, H, U, D]`` of queries ``[B, H, U, D]`` to keys and values ``[B, U or 1, V, H * D]`` of their own."""
+    """Attention of queries ``[B, H, U, D]`` to keys and values ``[B, U or 1, V, H * D]`` of their own."""
     heads, dim = query.shape[1], query.shape[-1]
     keys, values = (tensor.unflatten(-1, (heads, dim)).permute(0, 3, 1, 2, 4) for tensor in (keys, values))
     scores = (query.unsqueeze(-2) * keys).sum(dim=-1) / math.sqrt(dim)

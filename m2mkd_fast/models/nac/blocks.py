@@ -83,7 +83,7 @@ class AttentiveReadIn(nn.Module):
         self.code_noise = _code_noise(code_noise_scale)
 
     def forward(self, states: Tensor, codes: Tensor, inputs: Tensor) -> Tensor:
-        """``[B, U, state_dim]`` from states of that shape, codes ``[U or 1, code_dim]``, inputs ``[B, V, input_dim]``."""
+        """New states ``[B, U, state_dim]``; codes ``[U or 1, code_dim]``, inputs ``[B, V, input_dim]``."""
         codes = self.code_noise(codes)
         return self.ffn(self.read_in_attention(states, codes, inputs), codes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -36,9 +36,9 @@ class CircuitStates(NamedTuple):
 class NeuralAttentiveCircuit(nn.Module):
     """Images ``[B, input_dim, H, W]`` to logits ``[B, output_dim]``, through modules wired by a learned graph.
 
-    The arguments have the names of the published configuration files, so that a file's ``model.kwargs`` builds the model
-    (:meth:`from_config`); state-dict names are the published ones. Evaluation is deterministic: noise on initial states,
-    edges and pooling belongs to training, where it comes from torch's random numbers alone.
+    The arguments have the names of the published configuration files, so that a file's ``model.kwargs`` builds the
+    model (:meth:`from_config`); state-dict names are the published ones. Evaluation is deterministic: noise on initial
+    states, edges and pooling belongs to training, where it comes from torch's random numbers alone.
 
     Args:
         input_dim: channels of the images.
@@ -52,8 +52,8 @@ class NeuralAttentiveCircuit(nn.Module):
         output_tokenizer_kwargs: options of the output tokenizer.
         graph_sparsity: the regulariser behind :meth:`regularization_loss`: ``criterion.graph_sparsity`` of a published
             configuration, see :class:`~m2mkd_fast.models.nac.regularizers.GraphSparsity`; ``None`` for none.
-        fit_signatures: fit signatures to the graph presets; off where a state dict is loaded afterwards. On the meta device
-            there is nothing to fit.
+        fit_signatures: fit signatures to the graph presets; off where a state dict is loaded afterwards. On the meta
+            device there is nothing to fit.
         stochastic_evaluation: noise on initial states and pooling in evaluation too, as the published code has it.
 
     Raises:
@@ -118,7 +118,7 @@ class NeuralAttentiveCircuit(nn.Module):
         self.graph_sparsity = build(GraphSparsity, "graph_sparsity", graph_sparsity)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
+    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> NeuralAttentiveCircuit:
         """Build from ``model.kwargs`` of a published configuration file; overrides win.
 
         ``simplified_interface`` is accepted and has no effect: images in, logits out is the only interface.
@@ -132,7 +132,7 @@ class NeuralAttentiveCircuit(nn.Module):
 
     @property
     def num_modules(self) -> int:
-        """Slots for student modules: the read-in with its tokenizer, every propagator, the read-out with its pooling."""
+        """Slots for student modules: read-in with tokenizer, every propagator, read-out with pooling."""
         return len(self.graph.propagators) + 2
 
     def forward(self, images: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class NeuralAttentiveCircuit(nn.Module):
         return CircuitStates(tokens, *states, self.output_tokenizer(states.output_states))
 
     def regularization_loss(self) -> Tensor:
-        """The weighted loss on signatures that `graph_sparsity` asks for, a scalar; to be added to the task's. 0 if none."""
+        """The weighted loss on signatures that `graph_sparsity` asks for, to be added to the task's; 0 if none."""
         return self.graph_sparsity(self.graph)
 
     def module_key(self, index: int, key: str, num_modules: int) -> str | None:
@@ -157,8 +157,8 @@ class NeuralAttentiveCircuit(nn.Module):
             num_modules: number of slots.
 
         Returns:
-            The tensor's name in the circuit; ``None`` for what has no place there: stitches, and the codes and states that
-            a module brings along (the circuit has its own).
+            The tensor's name in the circuit; ``None`` for what has no place there: stitches, and the codes and states
+            that a module brings along (the circuit has its own).
 
         Raises:
             M2MKDError: the circuit has another number of slots.

@@ -48,11 +48,13 @@ def preset_adjacency(preset: str, num_latents: int, options: Mapping[str, Any] |
     try:
         graph = build(generator, "graph_generator_kwargs", options, **seed)
     except networkx.NetworkXException as error:
-        raise M2MKDError(f"graph_generator_kwargs {dict(options or {})} do not make a {preset} graph: {error}") from error
+        raise M2MKDError(
+            f"graph_generator_kwargs {dict(options or {})} do not make a {preset} graph: {error}"
+        ) from error
     if graph.number_of_nodes() != num_latents:
         raise M2MKDError(
-            f"the {preset} graph of {dict(options or {})} has {graph.number_of_nodes()} nodes, but there are {num_latents} "
-            "latents; change graph_generator_kwargs or the number of latents"
+            f"the {preset} graph of {dict(options or {})} has {graph.number_of_nodes()} nodes, but there are "
+            f"{num_latents} latents; change graph_generator_kwargs or the number of latents"
         )
     return torch.from_numpy(networkx.to_numpy_array(graph)).to(torch.float32)
 
@@ -71,12 +73,24 @@ def fit_signatures(
     .. math::
         \max(d_{uv}, t) \text{ for neighbours}, \qquad \max(-d_{uv}, -t) \text{ for others},
 
-    d being the cosine distance, so signatures move just as far as a cut at t needs. The gradient is written out below: it
-    is a sparse sign pattern times the signatures, which makes a step two matrix products.
+    d being the cosine distance, so signatures move just as far as a cut at t needs. The gradient is written out below:
+    it is a sparse sign pattern times the signatures, which makes a step two matrix products.
     """
     size = adjacency.shape[0]
-    signatures = torch.nn.init.orthogonal_(torch.empty(size, signature_dim, device="cpu"))
     neighbour = adjacency.to(torch.bool)
+    # One thread: the result does not depend on their number, and products this small only wait for a second one.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        signatures = torch.nn.init.orthogonal_(torch.empty(size, signature_dim, device="cpu"))
+        _descend(signatures, neighbour, truncation, steps, learning_rate)
+    finally:
+        torch.set_num_threads(threads)
+    return signatures
+
+
+def _descend(signatures: Tensor, neighbour: Tensor, truncation: float, steps: int, learning_rate: float) -> None:
+    """Move `signatures` in place; see :func:`fit_signatures`."""
     optimizer = torch.optim.Adam([signatures], lr=learning_rate, foreach=False)
     for _ in range(steps):
         norm = signatures.norm(dim=-1, keepdim=True)
@@ -84,11 +98,10 @@ def fit_signatures(
         distance = 1.0 - unit @ unit.T
         # +1 for neighbours too far, -1 for others too close.
         sign = (neighbour & (distance > truncation)).float() - (~neighbour & (distance < truncation)).float()
-        gradient = (-2.0 / size**2) * (sign @ unit)
+        gradient = (-2.0 / sign.numel()) * (sign @ unit)
         signatures.grad = (gradient - (gradient * unit).sum(dim=-1, keepdim=True) * unit) / norm
         optimizer.step()
     signatures.grad = None
-    return signatures
 
 
 def initial_signatures(
@@ -98,7 +111,7 @@ def initial_signatures(
     options: Mapping[str, Any] | None = None,
     fit: bool = True,
 ) -> Tensor:
-    """Signatures at the start: normal without a preset, equal for ``"complete"``, fitted to the preset's graph otherwise.
+    """Signatures at the start: normal without a preset, equal for ``"complete"``, else fitted to the preset's graph.
 
     ``fit=False`` skips the fit and takes normal signatures, for a model whose tensors are loaded afterwards.
     """

@@ -45,8 +45,8 @@ class LatentGraph(nn.Module):
         use_code_noise_in_latent_seeder: noise on the codes that become initial states, too.
         share_codes_between_iterations: mediators have one code, else one for every propagator.
         enable_input_output_communication: input latents send to the output latents.
-        enable_persistent_input_mediator_communication: input latents send to the mediators at every propagator, else at the
-            first only.
+        enable_persistent_input_mediator_communication: input latents send to the mediators at every propagator, else at
+            the first only.
         use_geglu: GEGLU instead of GELU.
         qkv_bias_in_attention: queries, keys and values have biases.
         mod_fc_kwargs: options of every modulated linear layer.

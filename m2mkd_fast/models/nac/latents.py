@@ -74,8 +74,8 @@ class LatentSeeder(nn.Module):
         code_dim: size of a code.
         code_noise_scale: see :class:`~m2mkd_fast.nn.code_noise.CodeNoise`; ``None`` for none.
         use_state_noise: whether there is a second term, drawn for every image.
-        stochastic_evaluation: draw the second term in evaluation, too, as the published code does. Off: two evaluations of
-            one image agree.
+        stochastic_evaluation: draw the second term in evaluation, too, as the published code does. Off: two evaluations
+            of one image agree.
     """
 
     def __init__(

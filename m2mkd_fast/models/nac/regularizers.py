@@ -38,30 +38,31 @@ def signature_hinge_repulsion(signatures: Tensor, hinge: float, reduction: str =
     return total / close.sum().clamp(min=1) if reduction == "mean" else total
 
 
-def block_graphon(num_latents: int, num_clusters: int, p_in: float, p_out: float) -> Tensor:
-    """Link probabilities ``[U, U]`` of a stochastic block model: p_in within a cluster, p_out between two.
+def block_graphon(num_clusters: int, p_in: float, p_out: float, like: Tensor) -> Tensor:
+    """Link probabilities of a stochastic block model, like a ``[U, U]`` matrix: p_in within a cluster, p_out outside.
 
     Raises:
         M2MKDError: the clusters would not be of one size.
     """
+    num_latents = like.shape[0]
     if num_latents % num_clusters:
         raise M2MKDError(
-            f"{num_latents} latents do not divide into {num_clusters} clusters of one size; choose num_clusters among the "
-            "divisors, or regularise another set of latents"
+            f"{num_latents} latents do not divide into {num_clusters} clusters of one size; choose num_clusters among "
+            "the divisors, or regularise another set of latents"
         )
-    cluster = torch.arange(num_latents) // (num_latents // num_clusters)
-    return torch.where(cluster[:, None] == cluster, p_in, p_out)
+    cluster = torch.arange(num_latents, device=like.device) // (num_latents // num_clusters)
+    return torch.full_like(like, p_out).masked_fill(cluster[:, None] == cluster, p_in)
 
 
 def stochastic_block_model_loss(link_probability: Tensor, graphon: Tensor, clip: float = 0.0) -> Tensor:
     """Mean squared difference between link probabilities and a block model's, rows matched first.
 
-    Latents are matched to rows of the graphon by the assignment of least total squared difference (Hungarian algorithm, on
-    the CPU). Only rows are permuted, as published; columns keep their order.
+    Latents are matched to rows of the graphon by the assignment of least total squared difference (Hungarian algorithm,
+    on the CPU). Only rows are permuted, as published; columns keep their order.
 
     Args:
         link_probability: ``[U, U]``.
-        graphon: ``[U, U]``, see :func:`block_graphon`.
+        graphon: ``[U, U]``, of the same dtype, see :func:`block_graphon`.
         clip: squared differences below this count as this, and have no gradient.
 
     Source: Rahaman et al., Neural Attentive Circuits, arXiv 2210.08031, appendix.
@@ -71,7 +72,7 @@ def stochastic_block_model_loss(link_probability: Tensor, graphon: Tensor, clip:
         cost = -(graphon.double() @ link_probability.double().T)
         _, order = linear_sum_assignment(cost.cpu().numpy())
         order = torch.from_numpy(order).to(link_probability.device)
-    difference = F.mse_loss(link_probability[order], graphon.to(link_probability.dtype), reduction="none")
+    difference = F.mse_loss(link_probability[order], graphon, reduction="none")
     return difference.clamp(min=clip).mean() if clip else difference.mean()
 
 
@@ -123,12 +124,9 @@ class StochasticBlockModelRegularization(nn.Module):
 
     def forward(self, graph: LatentGraph) -> Tensor:
         signatures = torch.cat([getattr(graph, name).signatures for name in self.latents])
-        kernels = self._kernels(graph)
-        graphon = block_graphon(signatures.shape[0], self.num_clusters, self.p_in, self.p_out).to(signatures.device)
-        losses = [
-            stochastic_block_model_loss(kernel.link_probability(signatures), graphon, self.clip) for kernel in kernels
-        ]
-        return torch.stack(losses).sum()
+        links = [kernel.link_probability(signatures) for kernel in self._kernels(graph)]
+        graphon = block_graphon(self.num_clusters, self.p_in, self.p_out, like=links[0].detach())
+        return torch.stack([stochastic_block_model_loss(link, graphon, self.clip) for link in links]).sum()
 
     @staticmethod
     def _kernels(graph: LatentGraph) -> Sequence[nn.Module]:

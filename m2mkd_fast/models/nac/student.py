@@ -16,14 +16,15 @@ from m2mkd_fast.models.nac.circuit import NeuralAttentiveCircuit
 class NACReadIn(nn.Module):
     """The first module: images ``[B, C, H, W]`` to ``[B, tokens, post_width]``.
 
-    The latents' codes and initial states are drawn once and saved with the module. (The published code draws them at every
-    start and saves neither, so that its checkpoints do not say what they were trained with.)
+    The latents' codes and initial states are drawn once and saved with the module. (The published code draws them at
+    every start and saves neither, so that its checkpoints do not say what they were trained with.)
 
     Args:
         tokenizer: images to tokens.
         read_in: tokens to latents.
         post_width: width of the module that follows, the teacher's.
-        tokens: number of latents. 1 as published; the teacher's number of tokens makes both modules' outputs comparable.
+        tokens: number of latents. 1 as published; the teacher's number of tokens makes both modules' outputs
+            comparable.
     """
 
     def __init__(self, tokenizer: nn.Module, read_in: AttentiveReadIn, post_width: int, tokens: int = 1) -> None:
@@ -123,9 +124,9 @@ def student_modules(circuit: NeuralAttentiveCircuit, cut_widths: Sequence[int], 
         )
     if len(cut_widths) != circuit.num_modules - 1:
         raise M2MKDError(
-            f"this circuit makes {circuit.num_modules} modules (read-in, {len(graph.propagators)} propagators, read-out) "
-            f"with {circuit.num_modules - 1} widths between them, but {len(cut_widths)} were given; split the teacher into "
-            f"{circuit.num_modules} parts, or change num_iterations"
+            f"this circuit makes {circuit.num_modules} modules (read-in, {len(graph.propagators)} propagators, read-out)"
+            f" with {circuit.num_modules - 1} widths between them, but {len(cut_widths)} were given; split the teacher "
+            f"into {circuit.num_modules} parts, or change num_iterations"
         )
     read_in = copy.deepcopy(graph.read_in)
     read_in.code_noise = nn.Identity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """Stages of ConvNeXt blocks without pooling and head; a quarter of the image's size, half of it again each stage."""
+    """Stages of ConvNeXt blocks without pooling and head; 1/4 of the image's size, half of it again each stage."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class ConvNeXt(nn.Module):
         self.dims = tuple(dims)
         stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), LayerNorm2d(dims[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
-        for before, after in zip(dims[:-1], dims[1:], strict=True):
+        for before, after in itertools.pairwise(dims):
             halve = nn.Conv2d(before, after, kernel_size=2, stride=2)
             self.downsample_layers.append(nn.Sequential(LayerNorm2d(before, eps=1e-6), halve))
         # Deeper blocks are dropped more often, the last one with the whole rate.
@@ -165,11 +166,11 @@ class OutputLatentPooling(nn.Module):
     Args:
         state_dim: size of a state.
         output_dim: number of classes.
-        softmax_type: how confidences become weights: ``"vanilla"``, or ``"gumbel"`` and ``"gumbel-hard"``, which choose at
-            random.
+        softmax_type: how confidences become weights: ``"vanilla"``, or ``"gumbel"`` and ``"gumbel-hard"``, which choose
+            at random.
         softmax_temperature: divides the confidences.
-        stochastic_evaluation: choose at random in evaluation, too, as the published code does. Off: the Gumbel noise is left
-            out there.
+        stochastic_evaluation: choose at random in evaluation, too, as the published code does. Off: the Gumbel noise is
+            left out there.
     """
 
     def __init__(

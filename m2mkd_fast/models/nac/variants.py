@@ -164,7 +164,11 @@ _FAMILIES = {
     # base, graphs, clusters of the regulariser (8 in both published files, whatever the graph has)
     "nac_tiny": (_TINY, _graphs(8, 32, edges_per_node=2), 8),
     "nac_imagenet": (_IMAGENET, _graphs(12, 64, edges_per_node=6), 8),
-    "nac_fewshot": ({**_IMAGENET, "num_classes": 8}, {"scale_free": _graphs(12, 64, edges_per_node=6)["scale_free"]}, 8),
+    "nac_fewshot": (
+        {**_IMAGENET, "num_classes": 8},
+        {"scale_free": _graphs(12, 64, edges_per_node=6)["scale_free"]},
+        8,
+    ),
     "nac_micro": (_MICRO, _graphs(4, 4, edges_per_node=2), 4),
 }
 
