@@ -34,8 +34,8 @@ def expert_mlp(
             W^{down}_{e_n}\, \phi(W^{up}_{e_n} x_t + b^{up}_{e_n}) + b^{down}_{e_n} \right)
 
     over the rows n of the assignment. A token without rows (all its choices were dropped) gets zero. Every product
-    runs in the dtype of ``x``, or under autocast in the autocast dtype; the weighted sum in the wider of that and the
-    dtype of ``assignment.weight``, rounded once at the end.
+    runs in the dtype of ``x``, or under autocast in the autocast dtype (unless ``x`` is float64); the weighted sum in
+    the wider of that and the dtype of ``assignment.weight``, rounded once at the end.
 
     Args:
         x: ``[T, D]`` tokens.
@@ -56,19 +56,12 @@ def expert_mlp(
     Source: Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", eq. 1.
     """
     _check(x, assignment, up_weight, up_bias, down_weight, down_bias, activation, dropout)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
+    device, parameters = x.device.type, (up_weight, up_bias, down_weight, down_bias)
+    if _casts(x):
         precision = torch.get_autocast_dtype(device)
-        x, up_weight, down_weight = x.to(precision), up_weight.to(precision), down_weight.to(precision)
-        up_bias = None if up_bias is None else up_bias.to(precision)
-        down_bias = None if down_bias is None else down_bias.to(precision)
-        with torch.autocast(device, enabled=False):
-            return expert_mlp_reference(
-                x, assignment, up_weight, up_bias, down_weight, down_bias, activation=activation, dropout=dropout
-            )
-    return expert_mlp_reference(
-        x, assignment, up_weight, up_bias, down_weight, down_bias, activation=activation, dropout=dropout
-    )
+        x, parameters = x.to(precision), tuple(None if p is None else p.to(precision) for p in parameters)
+    with torch.autocast(device, enabled=False):
+        return expert_mlp_reference(x, assignment, *parameters, activation=activation, dropout=dropout)
 
 
 def expert_mlp_reference(
@@ -246,6 +239,11 @@ def _sum_rows(rows: Tensor, token: Tensor, place: Tensor, tokens: int, dropped: 
     return (torch.where((place >= 0).unsqueeze(2), gathered, 0.0) if dropped else gathered).sum(dim=1)
 
 
+def _casts(x: Tensor) -> bool:
+    """Whether autocast would cast a linear layer's input; it leaves float64 alone."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
 def _check(
     x: Tensor,
     assignment: Assignment,
@@ -281,7 +279,7 @@ def _check(
                 f"{tuple(up_weight.shape)} [experts, hidden, width]"
             )
     parameters = {"up_weight": up_weight, "up_bias": up_bias, "down_weight": down_weight, "down_bias": down_bias}
-    if not torch.is_autocast_enabled(x.device.type):
+    if not _casts(x):
         for name, tensor in parameters.items():
             if tensor is not None and tensor.dtype != x.dtype:
                 raise M2MKDError(

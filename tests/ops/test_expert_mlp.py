@@ -61,7 +61,7 @@ def values_and_gradients(function: Callable[..., Tensor], given: Inputs, **optio
     leaves = {"x": x, "weight": assignment.weight}
     leaves |= {f"parameter {i}": parameter for i, parameter in enumerate(parameters) if parameter is not None}
     y = function(x, assignment, *parameters, **options)
-    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     gradients = torch.autograd.grad(y, list(leaves.values()), grad_y, allow_unused=True)
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
@@ -181,6 +181,29 @@ def test_same_bits_each_time() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def on_gpu(given: Inputs) -> Inputs:
+    x, assignment, parameters = given
+    moved = (None if p is None else p.detach().cuda().requires_grad_() for p in parameters)
+    assignment = Assignment(*(tensor.detach().cuda() for tensor in assignment))
+    assignment = assignment._replace(weight=assignment.weight.requires_grad_())
+    return x.detach().cuda().requires_grad_(), assignment, tuple(moved)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_equals_the_processor(case: str) -> None:
+    given = inputs(**CASES[case])
+    actual = values_and_gradients(expert_mlp, on_gpu(given))
+    assert_same({name: value.cpu() for name, value in actual.items()}, values_and_gradients(expert_mlp, given), 1e-10)
+
+
+@pytest.mark.gpu
+def test_same_bits_each_time_on_a_gpu() -> None:
+    given = on_gpu(inputs(tokens=5000, dtype=torch.float32))
+    first, second = (values_and_gradients(expert_mlp, given) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_backward_twice_over_a_kept_graph() -> None:
     x, assignment, parameters = inputs()
     y = expert_mlp(x, assignment, *parameters).sum()
@@ -207,6 +230,13 @@ def test_autocast_multiplies_in_bfloat16(compiled: bool) -> None:
         assert error < 0.02, f"{name}: {error:.3f}"
         assert name == "y" or actual[name].dtype == torch.float32
     assert (actual["y"].float() - wanted["y"]).norm() > 0, "it did not run in bfloat16"
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    x, assignment, parameters = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = expert_mlp(x, assignment, *parameters)
+    assert torch.equal(y, expert_mlp(x, assignment, *parameters))
 
 
 def test_dropout_keeps_the_mean_and_follows_the_seed() -> None:
