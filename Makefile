@@ -41,7 +41,7 @@ gpu-check:
 	mkdir -p $(OUT)
 	TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} M2MKD_BUILD_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m m2mkd_fast.info | tee $(OUT)/info.txt
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu -p no:cacheprovider
+	PYTHONPATH=. M2MKD_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu -p no:cacheprovider $$(grep -rl 'mark\.gpu' tests)
 	for file in benchmarks/bench_*.py; do \
 		PYTHONPATH=. $(PYTHON) $$file --json $(OUT)/$$(basename $$file .py).json || exit 1; done
 

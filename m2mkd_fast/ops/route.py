@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m2mkd_fast._extension import why_missing
 from m2mkd_fast.backend import device_reason, select_backend
@@ -96,7 +95,7 @@ def route(
         batch_priority: fill slots by importance of the token rather than by its position.
 
     Returns:
-        The assignment; ``weight`` and ``gates`` are differentiable with respect to ``logits`` and ``noise``, once.
+        The assignment; ``weight`` and ``gates`` are differentiable with respect to ``logits`` and ``noise``.
 
     Raises:
         M2MKDError: a shape, dtype or number is not as described above.
@@ -114,7 +113,12 @@ def route(
 
 
 def route_reference(
-    scores: Tensor, *, top_k: int, gate: Gate, capacity: int | None = None, batch_priority: bool = False
+    scores: Tensor,
+    *,
+    top_k: int,
+    gate: Gate = "softmax_top_k",
+    capacity: int | None = None,
+    batch_priority: bool = False,
 ) -> Assignment:
     """:func:`route` in plain PyTorch, for checked float scores [G, S, E]. No host synchronisation."""
     groups, tokens, experts = scores.shape
@@ -152,7 +156,7 @@ def route_reference(
     expert = choice.gather(1, in_order).transpose(1, 2)
     weight = choice_weight.gather(1, in_order).transpose(1, 2)
     if capacity is not None:
-        wanted = torch.nn.functional.one_hot(expert.reshape(groups, -1), experts)
+        wanted = torch.nn.functional.one_hot(expert.flatten(1), experts)
         slot = (wanted.cumsum(dim=1) * wanted).sum(dim=-1) - 1
         expert = torch.where(slot.view_as(expert) < capacity, expert, experts)
 
@@ -173,6 +177,28 @@ def route_reference(
         place=place.view(groups * tokens, top_k),
         gates=gates,
     )
+
+
+def route_backward_reference(
+    grad_weight: Tensor | None,
+    grad_gates: Tensor | None,
+    gates: Tensor,
+    token: Tensor,
+    expert: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    """Gradient of the scores [G, S, E] from those of ``weight`` [N] and ``gates`` [G, S, E], in plain PyTorch.
+
+    With ``d = grad_gates``, plus ``grad_weight`` of each row in use at its token and expert, ``gates * (d - sum_e d *
+    gates)``. It holds for every kind of gate: where the softmax is over the chosen scores only, the other gates are
+    zero.
+    """
+    grad = torch.zeros_like(gates) if grad_gates is None else grad_gates
+    if grad_weight is not None:
+        in_use = torch.arange(token.numel(), device=token.device) < offsets[-1]
+        grad_rows = torch.where(in_use, grad_weight, 0.0)
+        grad = grad.flatten().index_add(0, token * gates.shape[-1] + expert, grad_rows).view_as(gates)
+    return gates * (grad - (grad * gates).sum(dim=-1, keepdim=True))
 
 
 def _checked_scores(
@@ -222,12 +248,13 @@ class _Route(torch.autograd.Function):
         return tuple(assignment)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_token, grad_expert, grad_weight, grad_offsets, grad_place, grad_gates):
         if grad_weight is None and grad_gates is None:
             return None, None, None, None, None
-        grad_scores = torch.ops.m2mkd_fast._route_backward(grad_weight, grad_gates, *ctx.saved_tensors)
-        return grad_scores, None, None, None, None
+        # Gradients of the gradient (create_graph=True) come from plain PyTorch: the compiled op has none.
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        compute = route_backward_reference if differentiable else torch.ops.m2mkd_fast._route_backward
+        return compute(grad_weight, grad_gates, *ctx.saved_tensors), None, None, None, None
 
 
 def _why_not_cpu(scores: Tensor) -> str | None:
