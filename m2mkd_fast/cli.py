@@ -12,7 +12,13 @@ from m2mkd_fast.errors import M2MKDError, UnknownNameError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 where it succeeded, 2 after an error that the user can mend, 130 after an interrupt."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments only up to the first option; overrides may stand behind one as well.
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         options.command(options)
     except M2MKDError as error:
@@ -124,7 +130,7 @@ def _print_summary(folder: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="m2mkd", description="Module-to-module knowledge distillation of vision models.")
+    parser = argparse.ArgumentParser(prog="m2mkd", description="Module-to-module distillation of vision models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function, text: str) -> argparse.ArgumentParser:

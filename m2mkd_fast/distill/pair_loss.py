@@ -42,9 +42,9 @@ def pair_loss(
             + \lambda\,\frac{\mathrm{mean}\,(h_S - h_T)^2}{\mathrm{var}\,h_T},
         \qquad p = \mathrm{softmax}(z / \tau)
 
-    With ``kind="hard"`` the second term is :math:`\alpha\,\mathrm{CE}(z_S, \arg\max z_T)`. The feature term compares what
-    the two modules hand to the next slot; dividing by the target's variance makes its weight independent of the width and
-    the scale of the layer.
+    With ``kind="hard"`` the second term is :math:`\alpha\,\mathrm{CE}(z_S, \arg\max z_T)`. The feature term compares
+    what the two modules hand to the next slot; dividing by the target's variance makes its weight independent of the
+    width and the scale of the layer.
 
     Args:
         student_logits: ``[B, C]``, of the meta model with the student's module in slot i.
@@ -83,8 +83,9 @@ def feature_loss(feature: Tensor | None, target: Tensor | None) -> Tensor:
         raise M2MKDError("the feature loss needs both modules' outputs; pass feature= and feature_target=")
     if feature.shape != target.shape:
         raise M2MKDError(
-            f"the feature loss compares tensors of one shape, but the student's module gives {tuple(feature.shape)} and the "
-            f"teacher's {tuple(target.shape)}; give the student as many tokens as the teacher, or set feature_weight=0"
+            f"the feature loss compares tensors of one shape, but the student's module gives "
+            f"{tuple(feature.shape)} and the teacher's {tuple(target.shape)}; give the student as many tokens as the "
+            "teacher, or set feature_weight=0"
         )
     target = target.detach()
     return F.mse_loss(feature, target) / target.var()
@@ -98,7 +99,9 @@ def _distillation(student: Tensor, teacher: Tensor, tau: float, kind: Kind, redu
     return tau**2 * divergence / (student.shape[0] if reduction == "batchmean" else student.numel())
 
 
-def _check(student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, tau: float, kind: str, reduction: str) -> None:
+def _check(
+    student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, tau: float, kind: str, reduction: str
+) -> None:
     if student.shape != teacher.shape or student.dim() != 2:
         raise M2MKDError(
             f"logits must be [batch, classes] of one shape, got {tuple(student.shape)} from the student and "

@@ -72,7 +72,7 @@ class SupervisedTask(Task):
 
 
 class WholeModelDistillation(Task):
-    """A whole student learns from labels and from a whole teacher's logits: the usual distillation, a baseline."""
+    """A whole student learns from labels and a whole teacher's logits: the usual distillation, a baseline."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, settings: DistillationSettings) -> None:
         super().__init__(student, teacher)
@@ -86,7 +86,7 @@ class WholeModelDistillation(Task):
 
 
 class MetaFromTeacher(Task):
-    r"""The meta model learns the teacher's language at every cut, so that modules of the two can stand in for each other.
+    r"""The meta model learns the teacher's language at every cut, so that modules of both can stand in for each other.
 
     Each meta module :math:`M_i` learns what the teacher's module :math:`T_i` does, from the teacher's own activation
     :math:`h_i` and along the meta model's own path :math:`g_i`:
@@ -122,8 +122,8 @@ class MetaFromTeacher(Task):
 class PairTask(Task):
     """One teaching pair: a student's module learns to do in slot ``index`` what the teacher's module does there.
 
-    The student's module and the teacher's get the same input, made by the earlier modules of ``prefix``, and both outputs
-    go on through the later, frozen modules of the meta model to logits.
+    The student's module and the teacher's get the same input, made by the earlier modules of ``prefix``, and both
+    outputs go on through the later, frozen modules of the meta model to logits.
 
     Args:
         student: the student's module with its stitches.
@@ -147,7 +147,9 @@ class PairTask(Task):
             raise M2MKDError(f"slot {index} is not one of the meta model's {len(meta)} slots 0 ... {len(meta) - 1}")
         distils = settings.alpha > 0 or settings.feature_weight > 0
         if distils and teacher is None:
-            raise M2MKDError("distillation and feature terms need a teacher; pass one, or set alpha=0 and feature_weight=0")
+            raise M2MKDError(
+                "distillation and feature terms need a teacher; pass one, or set alpha=0 and feature_weight=0"
+            )
         super().__init__(student, meta, prefix, *([teacher] if distils else []))
         self.index = index
         self.settings = settings

@@ -1,4 +1,4 @@
-"""Checkpoints inside a phase: one safetensors file with weights, optimiser and average, its place in the phase as JSON."""
+"""Checkpoints inside a phase: weights, optimiser and average in one safetensors file, the rest as its metadata."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, average: ModelEmaV3 | None) -> Progress:
-    """Restore the folder's checkpoint into model, optimiser and average; a fresh :class:`Progress` where there is none."""
+    """Restore the folder's checkpoint in place; a fresh :class:`Progress` where there is none."""
     path = folder / NAME
     if not path.exists():
         return Progress()
@@ -71,14 +71,16 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, averag
         ) from error
     modules = {"model": model, "average": average.module if average is not None else None}
     for prefix, module in modules.items():
-        state = {key.removeprefix(f"{prefix}."): value for key, value in tensors.items() if key.startswith(f"{prefix}.")}
         if module is None:
             continue
+        start = f"{prefix}."
+        state = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
         names = _own_tensors(module)
         fits = state.keys() == names.keys() and all(state[name].shape == names[name].shape for name in names)
         if not fits or len(groups) != len(optimizer.param_groups):
             raise M2MKDError(
-                f"{path} holds a checkpoint of another model or optimiser; delete it to start this step from its beginning"
+                f"{path} holds a checkpoint of another model or optimiser; delete it to start this step from its "
+                "beginning"
             )
         with torch.no_grad():
             for name, tensor in names.items():

@@ -38,7 +38,7 @@ class TrainingConfig:
 class DataConfig:
     spec: str = "digits"  # digits, glyphs, folder:PATH, torchvision:NAME
     options: dict[str, Any] = field(default_factory=dict)  # passed to create_dataset
-    augmentation: str = "affine"
+    augmentation: Any = "affine"  # preset, or a mapping with its name and options
     num_workers: int = 0
 
 
@@ -61,7 +61,7 @@ class MetaConfig:
 
 @dataclass
 class IncubationConfig:
-    """MT, the teacher's modules inside the meta model, and FT, the teacher put together. Used with ``meta.source=labels``."""
+    """MT, the teacher's modules inside the meta model, and FT, the teacher whole; used with ``meta.source=labels``."""
 
     train: TrainingConfig = field(default_factory=TrainingConfig)
     finetune: TrainingConfig = field(default_factory=TrainingConfig)
@@ -203,7 +203,7 @@ def check_values(config: RunConfig) -> None:
     for arm in config.arms:
         if arm not in ARMS:
             raise UnknownNameError("arm", arm, ARMS)
-    for name, training in _phases(config):
+    for name, training in phases(config):
         _check_training(name, training)
     if not 0.0 <= config.pair.alpha <= 1.0:
         raise M2MKDError(f"pair.alpha must be between 0 and 1, got {config.pair.alpha}")
@@ -216,7 +216,9 @@ def check_values(config: RunConfig) -> None:
             "meta.source=labels trains a new teacher inside the meta model, but teacher.weights names a finished one; "
             "set meta.source=teacher to make the meta model from it, or remove teacher.weights"
         )
-    if config.student.tokens != "teacher" and not (isinstance(config.student.tokens, int) and config.student.tokens > 0):
+    if config.student.tokens != "teacher" and not (
+        isinstance(config.student.tokens, int) and config.student.tokens > 0
+    ):
         raise M2MKDError(f"student.tokens must be 'teacher' or a positive count, got {config.student.tokens!r}")
 
 
@@ -237,13 +239,14 @@ def _check_training(name: str, training: TrainingConfig) -> None:
         raise M2MKDError(f"{name}.batch_size must be even with mixup or cutmix, got {training.batch_size}")
 
 
-def _phases(config: Any, prefix: str = "") -> Iterator[tuple[str, TrainingConfig]]:
+def phases(config: Any, prefix: str = "") -> Iterator[tuple[str, TrainingConfig]]:
+    """The phases' training settings with their dotted names."""
     for entry in fields(config):
         value = getattr(config, entry.name)
         if isinstance(value, TrainingConfig):
             yield prefix + entry.name, value
         elif is_dataclass(value):
-            yield from _phases(value, f"{prefix}{entry.name}.")
+            yield from phases(value, f"{prefix}{entry.name}.")
 
 
 def _keys(config: Any, prefix: str = "") -> Iterator[str]:

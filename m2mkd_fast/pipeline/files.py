@@ -60,7 +60,7 @@ def file_hash(path: Path) -> str:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process; the operating system lets go of it when the process ends, however it ends."""
+    """Hold a folder for this process; the operating system lets go of it when the process ends, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from timm.optim import list_optimizers
 
-from m2mkd_fast.data import eval_batches
+from m2mkd_fast.data import eval_batches, train_batches
 from m2mkd_fast.distill.tasks import PairTask
-from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.modules.meta import check_compatible
+from m2mkd_fast.pipeline.config import phases
 from m2mkd_fast.pipeline.workbench import Workbench
 
 
@@ -20,11 +22,16 @@ def preflight(bench: Workbench) -> int:
     config = bench.config
     bench.execution.accelerator  # noqa: B018 (a device that is not there is an error now)
     if "test" not in bench.dataset.splits:
-        raise M2MKDError(f"data {config.data.spec!r} has no test split (it has {', '.join(bench.dataset.splits)})")
+        raise M2MKDError(f"{config.data.spec!r} has no test split (it has {', '.join(bench.dataset.splits)})")
+    optimizers = list_optimizers()
+    for _, training in phases(config):
+        if training.optimizer not in optimizers:
+            raise UnknownNameError("optimizer", training.optimizer, optimizers)
+    train_batches(bench.train_split, batch_size=1, seed=0, stop=1, augmentation=config.data.augmentation)
     teacher = bench.teacher_chain()
     if teacher.num_classes != bench.dataset.num_classes:
         raise M2MKDError(
-            f"the teacher has {teacher.num_classes} classes, data {config.data.spec!r} has {bench.dataset.num_classes}; "
+            f"the teacher has {teacher.num_classes} classes, {config.data.spec!r} has {bench.dataset.num_classes}; "
             "choose teacher.options.num_classes or the data to fit"
         )
     if not {"m2mkd", "task"} & set(config.arms):

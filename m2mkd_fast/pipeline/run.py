@@ -21,7 +21,7 @@ from m2mkd_fast.pipeline.config import RunConfig, make_config
 from m2mkd_fast.pipeline.files import exclusive, write_atomically, write_json
 from m2mkd_fast.pipeline.plan import Step, closure, plan
 from m2mkd_fast.pipeline.preflight import preflight
-from m2mkd_fast.pipeline.progress import ProgressDisplay
+from m2mkd_fast.pipeline.progress import Progress, ProgressDisplay, QueueProgress
 from m2mkd_fast.pipeline.steps import check_hybrids, run_step
 from m2mkd_fast.pipeline.workbench import Workbench
 
@@ -60,16 +60,17 @@ def run(
             wanted = closure(steps, [step for step in steps if only is None or only(step)])
             _check_provenance(bench, steps)
             _open_run_folder(config, folder, command)
-            runner = _InProcess(bench) if jobs == 1 else _Workers(config, jobs, threads)
-            with ProgressDisplay() as display, runner:
-                _schedule(bench, wanted, runner, jobs, display)
+            with ProgressDisplay() as display:
+                runner = _InProcess(bench, display) if jobs == 1 else _Workers(config, jobs, threads, display)
+                with runner:
+                    _schedule(bench, wanted, runner, jobs, display)
     return folder
 
 
 def _schedule(bench: Workbench, steps: list[Step], runner: Any, jobs: int, display: ProgressDisplay) -> None:
     done = {step.name for step in steps if bench.result(step.name) is not None}
     if done:
-        display.event({"kind": "message", "message": f"{len(done)} of {len(steps)} steps were done before"})
+        display.message(f"{len(done)} of {len(steps)} steps were done before")
     if "hybrids" in done:
         check_hybrids(bench.result("hybrids"), bench.config.meta.max_hybrid_drop)
     running: dict[Future, Step] = {}
@@ -78,9 +79,9 @@ def _schedule(bench: Workbench, steps: list[Step], runner: Any, jobs: int, displ
         for step in steps:
             ready = step.name not in done | started and all(need in done for need in step.needs)
             if ready and len(running) < jobs:
-                running[runner.submit(step, display)] = step
+                running[runner.submit(step)] = step
                 started.add(step.name)
-        for future in runner.wait(running, display):
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
             step = running.pop(future)
             result = _outcome(future, step)
             done.add(step.name)
@@ -103,8 +104,8 @@ def _outcome(future: Future, step: Step) -> dict[str, Any]:
 class _InProcess:
     """One step after another in this process."""
 
-    def __init__(self, bench: Workbench) -> None:
-        self.bench = bench
+    def __init__(self, bench: Workbench, display: ProgressDisplay) -> None:
+        self.bench, self.display = bench, display
 
     def __enter__(self) -> _InProcess:
         return self
@@ -112,29 +113,28 @@ class _InProcess:
     def __exit__(self, *error: object) -> None:
         """Nothing is held."""
 
-    def submit(self, step: Step, display: ProgressDisplay) -> Future:
+    def submit(self, step: Step) -> Future:
         future: Future = Future()
         try:
-            future.set_result(run_step(self.bench, step, lambda event: display.event({"step": step.name, **event})))
+            future.set_result(run_step(self.bench, step, self.display))
         except M2MKDError as error:
             future.set_exception(error)
         return future
-
-    def wait(self, running: dict[Future, Step], display: ProgressDisplay) -> set[Future]:
-        return set(running)
 
 
 class _Workers:
     """Steps in processes that live as long as the run, and no longer."""
 
-    def __init__(self, config: RunConfig, jobs: int, threads: int) -> None:
+    def __init__(self, config: RunConfig, jobs: int, threads: int, display: ProgressDisplay) -> None:
         # spawn: a forked child of a process that has used OpenMP or CUDA may hang.
         context = multiprocessing.get_context("spawn")
-        self.events = context.Queue()
-        arguments = (config.to_dict(), threads, self.events, os.getpid())
+        events = context.Queue()
+        arguments = (config.to_dict(), threads, events, os.getpid())
         self.pool = ProcessPoolExecutor(jobs, context, _start_worker, arguments)
+        self.listening = display.listen(events)
 
     def __enter__(self) -> _Workers:
+        self.listening.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -142,27 +142,20 @@ class _Workers:
             for process in list((self.pool._processes or {}).values()):
                 process.terminate()
         self.pool.shutdown(cancel_futures=True)
+        self.listening.__exit__(None, None, None)
 
-    def submit(self, step: Step, display: ProgressDisplay) -> Future:
+    def submit(self, step: Step) -> Future:
         return self.pool.submit(_work, step)
 
-    def wait(self, running: dict[Future, Step], display: ProgressDisplay) -> set[Future]:
-        while True:
-            finished, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
-            while not self.events.empty():
-                display.event(self.events.get())
-            if finished:
-                return finished
 
-
-_worker: tuple[Workbench, Any] | None = None
+_worker: tuple[Workbench, Progress] | None = None
 
 
 def _start_worker(config: dict[str, Any], threads: int, events: Any, parent: int) -> None:
     global _worker
     torch.set_num_threads(threads)
     config = make_config([config])
-    _worker = Workbench(config, config.folder), events
+    _worker = Workbench(config, config.folder), QueueProgress(events)
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
@@ -174,11 +167,11 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _work(step: Step) -> dict[str, Any]:
-    bench, events = _worker
-    return run_step(bench, step, lambda event: events.put({"step": step.name, **event}))
+    bench, progress = _worker
+    return run_step(bench, step, progress)
 
 
-class _threads:  # noqa: N801 (used as a function)
+class _threads:
     def __init__(self, count: int) -> None:
         self.count, self.before = count, torch.get_num_threads()
 

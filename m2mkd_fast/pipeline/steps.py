@@ -25,11 +25,12 @@ from m2mkd_fast.nn.vision_moe import expert_load
 from m2mkd_fast.pipeline.config import TrainingConfig
 from m2mkd_fast.pipeline.files import exclusive, write_json
 from m2mkd_fast.pipeline.plan import Step
-from m2mkd_fast.pipeline.training import Evaluate, FitResult, Report, fit
+from m2mkd_fast.pipeline.progress import Progress
+from m2mkd_fast.pipeline.training import Evaluate, FitResult, fit
 from m2mkd_fast.pipeline.workbench import Workbench
 
 
-def run_step(bench: Workbench, step: Step, report: Report) -> dict[str, Any]:
+def run_step(bench: Workbench, step: Step, progress: Progress) -> dict[str, Any]:
     """Do one step, or go on with it where it was left, and return its result. A finished step is not done again."""
     folder = bench.step_folder(step.name)
     with exclusive(folder):
@@ -37,7 +38,7 @@ def run_step(bench: Workbench, step: Step, report: Report) -> dict[str, Any]:
         if finished is not None:
             return finished
         made_from = {name: bench.result(name)["weights_hash"] for name in step.needs if name != "hybrids"}
-        work = _Work(bench, step, report)
+        work = _Work(bench, step, progress)
         started = time.perf_counter()
         result = {"step": step.name, "phase": step.phase, "arm": step.arm, "slot": step.slot}
         result |= {"steps": 0, "images": 0, "seconds": 0.0, "flops": 0.0}
@@ -46,15 +47,18 @@ def run_step(bench: Workbench, step: Step, report: Report) -> dict[str, Any]:
         result["made_from"] = made_from
         write_json(folder / "result.json", result)
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-        report({"kind": "finish", "message": _headline(result)})
+        if result["steps"]:
+            progress.finish(step.name, _headline(result))
+        else:  # nothing was trained, so no bar was started
+            progress.message(f"{step.name}: {_headline(result)}")
         return result
 
 
 class _Work:
     """One step's tools: its trained weights, its training run, its evaluations."""
 
-    def __init__(self, bench: Workbench, step: Step, report: Report) -> None:
-        self.bench, self.step, self.report = bench, step, report
+    def __init__(self, bench: Workbench, step: Step, progress: Progress) -> None:
+        self.bench, self.step, self.progress = bench, step, progress
         self.config = bench.config
 
     def fit(self, task: Task, training: TrainingConfig, evaluate: Evaluate | None) -> FitResult:
@@ -67,7 +71,8 @@ class _Work:
             execution=self.bench.execution,
             folder=self.bench.step_folder(self.step.name),
             evaluate=evaluate,
-            report=self.report,
+            progress=self.progress,
+            name=self.step.name,
         )
 
     def finish(self, model: nn.Module, fitted: FitResult, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -122,7 +127,7 @@ def _finetune_teacher(work: _Work) -> dict[str, Any]:
 def _hybrids(work: _Work) -> dict[str, Any]:
     bench = work.bench
     teacher, meta = bench.trained_teacher(), bench.trained_meta()
-    accuracies = [_in_slot(bench, meta, i, teacher[i])["hybrid_accuracy"] for i in range(len(meta))]
+    accuracies = [_in_slot(bench, meta, i, teacher[i])["test_accuracy"] for i in range(len(meta))]
     return {
         "metrics": {
             "hybrid_accuracy": accuracies,
@@ -139,10 +144,11 @@ def check_hybrids(result: dict[str, Any], max_drop: float) -> None:
     if min(hybrids) < teacher - max_drop:
         listed = ", ".join(f"{accuracy:.1f}" for accuracy in hybrids)
         raise M2MKDError(
-            f"the meta model with one of the teacher's modules reaches {listed} % (slots 0 ... {len(hybrids) - 1}), the "
-            f"teacher {teacher:.1f} %: more than meta.max_hybrid_drop={max_drop:g} points apart, so teacher and meta model "
-            "do not speak the same language at every cut and the targets of the pairs would be noise. Train the meta "
-            "model longer (meta.train.steps) and from the teacher (meta.source=teacher), or raise meta.max_hybrid_drop"
+            f"the meta model with one of the teacher's modules reaches {listed} % (slots 0 ... {len(hybrids) - 1}), "
+            f"the teacher {teacher:.1f} %: more than meta.max_hybrid_drop={max_drop:g} points apart, so teacher and "
+            "meta model do not speak the same language at every cut and the targets of the pairs would be noise. Train "
+            "the meta model longer (meta.train.steps) and from the teacher (meta.source=teacher), or raise "
+            "meta.max_hybrid_drop"
         )
 
 
@@ -169,7 +175,9 @@ def _end_to_end(work: _Work) -> dict[str, Any]:
                 bench.load(module, f"{arm}/pair{i}")
             assemblies[stitches] = bench.assembled(modules, stitches).model
             cold |= bench.accuracies(assemblies[stitches], f"cold_{stitches}_")
-        model = assemblies[work.config.student.stitches]
+        chosen = work.config.student.stitches
+        model = assemblies[chosen]
+        cold["cold_test_accuracy"] = cold[f"cold_{chosen}_test_accuracy"]
     if arm == "distill":
         settings = bench.settings(arm, training.label_smoothing)
         task: Task = WholeModelDistillation(model, bench.trained_teacher(), settings)
@@ -181,7 +189,7 @@ def _end_to_end(work: _Work) -> dict[str, Any]:
 
 
 def baseline_training(config: Any, slots: int) -> TrainingConfig:
-    """Training of the arms without modules, with as many steps in all as the modular arm has where that is asked for."""
+    """Training of the arms without modules; as many steps as the modular arm takes in all, if that is asked for."""
     training = TrainingConfig(**asdict(config.baseline.train))
     if config.baseline.match_steps:
         training.steps = config.meta.train.steps + slots * config.pair.train.steps + config.e2e.steps
@@ -189,8 +197,8 @@ def baseline_training(config: Any, slots: int) -> TrainingConfig:
 
 
 def _in_slot(bench: Workbench, meta: ModuleChain, slot: int, module: nn.Module) -> dict[str, float]:
-    accuracies = bench.accuracies(hybrid(meta, slot, module))
-    return {"hybrid_accuracy": accuracies["test_accuracy"]}
+    """Accuracies of the meta model with a module in one of its slots."""
+    return bench.accuracies(hybrid(meta, slot, module))
 
 
 def _headline(result: dict[str, Any]) -> str:

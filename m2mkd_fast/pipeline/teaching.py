@@ -14,7 +14,13 @@ from m2mkd_fast.pipeline.training import FitResult, fit
 
 
 def teach_meta(
-    meta: ModuleChain, teacher: ModuleChain, images: Split, *, augmentation: str = "none", seed: int = 0, **training: Any
+    meta: ModuleChain,
+    teacher: ModuleChain,
+    images: Split,
+    *,
+    augmentation: str = "none",
+    seed: int = 0,
+    **training: Any,
 ) -> FitResult:
     """Make a meta model that speaks the teacher's language at every cut (:class:`MetaFromTeacher`).
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +29,12 @@ from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
 from m2mkd_fast.pipeline.config import DataConfig, TrainingConfig
 from m2mkd_fast.pipeline.files import MetricsFile
+from m2mkd_fast.pipeline.progress import Progress as ProgressReport
 
 LOG_EVERY = 10
 _FUSED = ("adam", "adamw", "sgd")  # optimisers of torch that update all parameters in one call
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
-Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,9 @@ class Execution:
 def _accelerator(device: str, precision: str) -> Accelerator:
     cuda = device != "cpu" and torch.cuda.is_available()
     if device not in ("auto", "cpu") and not cuda:
-        raise M2MKDError(f"device {device!r} was asked for, but torch sees no CUDA device; set device=cpu or device=auto")
+        raise M2MKDError(
+            f"device {device!r} was asked for, but torch sees no CUDA device; set device=cpu or device=auto"
+        )
     native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and native) else "no"
     return Accelerator(cpu=not cuda, mixed_precision=mixed)
@@ -82,7 +83,8 @@ def fit(
     execution: Execution | None = None,
     folder: Path | None = None,
     evaluate: Evaluate | None = None,
-    report: Report | None = None,
+    progress: ProgressReport | None = None,
+    name: str = "training",
 ) -> FitResult:
     """Train ``task.trainable`` in place for ``config.steps`` updates.
 
@@ -98,13 +100,14 @@ def fit(
         execution: device and precision.
         folder: where checkpoints and ``metrics.jsonl`` go; None keeps nothing.
         evaluate: called on the (averaged) model every ``config.evaluate_every`` steps and at the end.
-        report: called with a small dict every few steps, for a progress display.
+        progress: told every few steps how far it is, for a progress display.
+        name: what the display calls this phase.
 
     Raises:
-        M2MKDError: the loss is not finite, the disk is full, or a checkpoint in ``folder`` is damaged or of another run.
+        M2MKDError: the loss is not finite, the disk is full, or the checkpoint in ``folder`` is damaged or foreign.
     """
     run = _Run(task, split, config, seed, data or DataConfig(augmentation="none"), execution or Execution(), folder)
-    return run.train(evaluate, report or (lambda event: None))
+    return run.train(evaluate, progress, name)
 
 
 class _Run:
@@ -148,9 +151,10 @@ class _Run:
     def trainable(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.task).trainable
 
-    def train(self, evaluate: Evaluate | None, report: Report) -> FitResult:
+    def train(self, evaluate: Evaluate | None, display: ProgressReport | None, name: str) -> FitResult:
         config, progress = self.config, self.progress
-        report({"kind": "start", "total": config.steps, "done": progress.step})
+        if display is not None:
+            display.start(name, config.steps, progress.step)
         if progress.step == 0 and evaluate is not None:
             self._evaluate(evaluate)
         batches = train_batches(
@@ -164,7 +168,7 @@ class _Run:
         )
         for t, (images, labels) in zip(itertools.count(progress.step), batches, strict=False):
             started = time.perf_counter()
-            shares = t % config.evaluate_every == 0
+            shares = (t + 1) % config.evaluate_every == 0
             self._step(t, images.to(self.accelerator.device), labels.to(self.accelerator.device), shares)
             progress.step = t + 1
             progress.images += len(images)
@@ -172,11 +176,11 @@ class _Run:
             progress.seconds += time.perf_counter() - started
             last = progress.step == config.steps
             if progress.step % LOG_EVERY == 0 or last:
-                self._log(report)
+                self._log(display, name)
             if evaluate is not None and (progress.step % config.evaluate_every == 0 or last):
                 self._evaluate(evaluate)
             if self.folder is not None and (progress.step % config.checkpoint_every == 0 or last):
-                self._log(report)
+                self._log(display, name)
                 save_checkpoint(self.folder, progress, self.trainable, self.optimizer.optimizer, self.average)
         if self.average is not None:
             self.trainable.load_state_dict(self.average.module.state_dict())
@@ -215,7 +219,7 @@ class _Run:
         self.accelerator.backward(loss.total)
         return loss
 
-    def _log(self, report: Report) -> None:
+    def _log(self, display: ProgressReport | None, name: str) -> None:
         """Look at the losses since the last look (the only time the host waits for the device) and write them down."""
         if not self.losses:
             return
@@ -226,13 +230,14 @@ class _Run:
             kept = "its last checkpoint is kept" if self.folder is not None else "nothing was written"
             raise M2MKDError(
                 f"the loss at step {first[0]} is not finite (terms: {terms}); {kept}. Lower the learning rate (now "
-                f"{self.config.learning_rate:g}), clip gradients more tightly (clip_grad, now {self.config.clip_grad:g}), "
+                f"{self.config.learning_rate:g}), clip gradients more tightly (clip_grad, now "
+                f"{self.config.clip_grad:g}), "
                 "or use precision=float32"
             )
         progress = self.progress
-        names = self.losses[-1][2]
+        parts = self.losses[-1][2]
         progress.terms = {
-            name: torch.stack([terms[name] for _, _, terms in self.losses]).double().mean().item() for name in names
+            part: torch.stack([terms[part] for _, _, terms in self.losses]).double().mean().item() for part in parts
         }
         self.losses.clear()
         entry = {
@@ -248,8 +253,8 @@ class _Run:
             entry["gradient_share"] = progress.gradient_share
         if self.folder is not None:
             self.metrics.append(entry)
-        report({"kind": "update", "done": progress.step, **{key: entry[key] for key in ("loss", "terms")}}
-               | {"images_per_second": entry["images_per_second"]})
+        if display is not None:
+            display.update(name, progress.step, entry["loss"], entry["terms"], entry["images_per_second"])
 
     def _evaluate(self, evaluate: Evaluate) -> None:
         model = self.trainable if self.average is None or self.progress.step == 0 else self.average.module
@@ -260,7 +265,7 @@ class _Run:
 
 
 def _gradient_share(loss: PairLoss, parameters: list[nn.Parameter]) -> dict[str, float]:
-    """Norm of each term's own gradient over the sum of these norms: who pulls how hard, whatever the terms' values are."""
+    """Norm of each term's own gradient over the sum of these norms: who pulls how hard, whatever the values are."""
     norms = {}
     for name, term in loss.terms.items():
         if not term.requires_grad:

@@ -87,8 +87,7 @@ class Workbench:
     def assembled(self, modules: list[nn.Module], stitches: str) -> Assembly:
         if stitches == "kept":
             return assemble(modules, stitches="kept")
-        model = self.student_model()
-        return assemble(modules, into=model, stitches="dropped", allow_missing=getattr(model, "tensors_of_no_module", ()))
+        return assemble(modules, into=self.student_model(), stitches="dropped")
 
     def load(self, module: nn.Module, step: str) -> nn.Module:
         """Fill a module with the weights that a finished step made."""
@@ -113,7 +112,8 @@ class Workbench:
         """The model that a finished step made, as something that maps images to logits."""
         result = self.result(name)
         if result is None:
-            finished = [str(p.parent.relative_to(self.folder / "steps")) for p in self.folder.glob("steps/**/result.json")]
+            steps = self.folder / "steps"
+            finished = [str(path.parent.relative_to(steps)) for path in steps.glob("**/result.json")]
             raise UnknownNameError("finished step", name, finished)
         phase, arm, slot = result["phase"], result["arm"], result["slot"]
         if phase == "m2mKD":

@@ -13,7 +13,12 @@ TINY: dict[str, Any] = {
     "threads": 1,
     "device": "cpu",
     "data": {"spec": "digits", "options": {"images_per_class": 8}},
-    "teacher": {"model": "vit_micro", "options": {"embed_dim": 16, "depth": 3, "num_heads": 2}, "parts": 3, "train": PHASE},
+    "teacher": {
+        "model": "vit_micro",
+        "options": {"embed_dim": 16, "depth": 3, "num_heads": 2},
+        "parts": 3,
+        "train": PHASE,
+    },
     "meta": {"max_hybrid_drop": 100.0, "train": PHASE},
     "incubation": {"train": PHASE, "finetune": PHASE},
     "student": {
@@ -25,7 +30,6 @@ TINY: dict[str, Any] = {
     "e2e": PHASE,
     "baseline": {"match_steps": False, "train": PHASE},
 }
-CIRCUIT: dict[str, Any] = {"student": {"model": "nac_micro.ring", "options": {}}}
 
 
 def tiny(**changes: Any) -> dict[str, Any]:

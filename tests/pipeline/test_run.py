@@ -1,0 +1,292 @@
+"""Whole runs: every step, killed anywhere and started again, several at a time, and every mistake before long work."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_run import PHASE, tiny
+
+from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.modules.state import save_module
+from m2mkd_fast.pipeline.config import make_config
+from m2mkd_fast.pipeline.files import exclusive
+from m2mkd_fast.pipeline.plan import closure, plan
+from m2mkd_fast.pipeline.run import run
+from m2mkd_fast.pipeline.steps import check_hybrids
+from m2mkd_fast.pipeline.workbench import Workbench
+
+PUBLISHED = {"recipe": "published", "meta": {"max_hybrid_drop": 100.0, "train": PHASE}}
+
+
+def config_of(folder: Path, *layers, **changes):
+    return make_config([tiny(output=str(folder), **changes), *layers])
+
+
+def outcome(folder: Path) -> dict[str, tuple]:
+    """Per step everything that must not depend on how the run went: weights, accuracies, losses, work done."""
+    results = {}
+    for path in sorted(folder.glob("steps/**/result.json")):
+        result = json.loads(path.read_text())
+        results[result["step"]] = tuple(
+            json.dumps(result.get(key)) for key in ("weights_hash", "metrics", "terms", "steps", "images", "flops")
+        )
+    return results
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    return run(config_of(tmp_path_factory.mktemp("undisturbed")))
+
+
+def test_every_step_leaves_weights_and_a_result(undisturbed):
+    config = config_of(undisturbed)
+    names = [step.name for step in plan(config, 3)]
+    assert sorted(outcome(undisturbed)) == sorted(names)
+    for name in names:
+        assert (undisturbed / "steps" / name / "weights.safetensors").exists() == (name != "hybrids")
+        assert not (undisturbed / "steps" / name / "checkpoint.safetensors").exists()
+    facts = json.loads((undisturbed / "run.json").read_text())
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0] or facts["versions"]["torch"]
+    end = Workbench(config, undisturbed).result("m2mkd/e2e")
+    assert {"test_accuracy", "cold_kept_test_accuracy", "cold_dropped_test_accuracy"} <= end["metrics"].keys()
+    assert set(Workbench(config, undisturbed).result("m2mkd/pair0")["gradient_share"]) == {
+        "task",
+        "distillation",
+        "feature",
+    }
+
+
+def test_two_jobs_give_the_same_as_one(undisturbed, tmp_path):
+    run(config_of(tmp_path), jobs=2)
+    assert outcome(tmp_path) == outcome(undisturbed)
+
+
+def test_a_finished_run_is_not_done_again(undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("result.json")}
+    run(config_of(undisturbed))
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("result.json")}
+
+
+# A process that kills itself when a given step has logged a given number of lines: in the middle of that phase.
+KILLER = """
+import os, signal, sys
+from m2mkd_fast.pipeline import training
+from m2mkd_fast.pipeline.config import load_config
+from m2mkd_fast.pipeline.run import run
+victim, batches = sys.argv[2], int(sys.argv[3])
+step = training._Run._step
+def lethal(self, t, *arguments):
+    if victim in str(self.folder) and t == batches:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, t, *arguments)
+training._Run._step = lethal
+run(load_config(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("victim", ["scratch/e2e", "teacher", "meta", "m2mkd/pair1", "m2mkd/e2e"])
+def test_killed_in_a_phase_and_started_again_it_ends_the_same(undisturbed, tmp_path, victim):
+    from omegaconf import OmegaConf
+
+    config = config_of(tmp_path / "run")
+    OmegaConf.save(OmegaConf.create(config.to_dict()), tmp_path / "config.yaml")
+    process = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "config.yaml"), f"steps/{victim}", "3"])
+    assert process.returncode == -signal.SIGKILL
+    assert victim not in outcome(tmp_path / "run")
+    run(config)
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_with_workers_it_ends_the_same(undisturbed, tmp_path):
+    import random
+
+    from omegaconf import OmegaConf
+
+    config = config_of(tmp_path / "run")
+    OmegaConf.save(OmegaConf.create(config.to_dict()), tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "m2mkd_fast", "run", str(tmp_path / "config.yaml"), "--jobs", "2"]
+    moments = random.Random(0)
+    for _ in range(8):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(moments.uniform(4.0, 14.0))
+        process.kill()
+        process.wait()
+        time.sleep(0.5)
+    run(config, jobs=2)
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+def test_a_worker_that_dies_is_an_error_and_nothing_is_lost(undisturbed, tmp_path, monkeypatch):
+    config = config_of(tmp_path / "run")
+    killed = run_with_dying_worker(config, tmp_path)
+    assert "a worker process died during step" in killed
+    run(config, jobs=2)
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+def run_with_dying_worker(config, folder: Path) -> str:
+    """Start with two workers and kill one as soon as the first step has a folder."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create(config.to_dict()), folder / "config.yaml")
+    command = [sys.executable, "-m", "m2mkd_fast", "run", str(folder / "config.yaml"), "--jobs", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while not list((folder / "run").glob("steps/*/*/lock")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    workers[0].kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    return errors
+
+
+def test_the_published_recipe_incubates_the_teacher(tmp_path):
+    run(config_of(tmp_path, PUBLISHED, arms=["m2mkd"]))
+    done = outcome(tmp_path)
+    assert {"meta", "mt0", "mt1", "mt2", "ft", "hybrids", "m2mkd/pair0", "m2mkd/e2e"} == done.keys() - {
+        "m2mkd/pair1",
+        "m2mkd/pair2",
+    }
+    result = json.loads((tmp_path / "steps/m2mkd/pair0/result.json").read_text())
+    assert set(result["terms"]) == {"task", "distillation"}
+
+
+def test_a_circuit_is_taught_and_assembled(tmp_path):
+    config = config_of(
+        tmp_path,
+        arms=["m2mkd", "scratch"],
+        student__model="nac_micro.ring",
+        student__options={},
+        teacher__parts=4,
+        teacher__options__depth=4,
+    )
+    run(config)
+    end = Workbench(config, tmp_path).result("m2mkd/e2e")
+    assert end["metrics"].keys() >= {"cold_kept_test_accuracy", "cold_dropped_test_accuracy", "test_accuracy"}
+
+
+def test_a_pretrained_teacher_is_not_trained(tmp_path):
+    config = config_of(tmp_path / "run", arms=["distill"])
+    bench = Workbench(config, tmp_path)
+    torch.manual_seed(1)
+    save_file(dict(bench.teacher()[0].state_dict()), tmp_path / "plain.safetensors")
+    save_module(tmp_path / "ours.safetensors", bench.teacher()[0], {})
+    for name in ("plain", "ours"):
+        folder = tmp_path / name
+        run(config_of(folder, arms=["distill"], teacher__weights=str(tmp_path / f"{name}.safetensors")))
+        result = Workbench(config, folder).result("teacher")
+        assert result["steps"] == 0 and result["metrics"]["test_accuracy"] >= 0
+
+
+def test_hybrids_far_below_the_teacher_stop_the_run(tmp_path):
+    result = {"metrics": {"hybrid_accuracy": [98.0, 19.0], "teacher_accuracy": 99.0}}
+    check_hybrids(result, 80.0)
+    with pytest.raises(M2MKDError, match=r"reaches 98.0, 19.0 % .* the teacher 99.0 %.*meta.train.steps"):
+        check_hybrids(result, 20.0)
+
+
+def test_the_gate_on_hybrids_also_stops_a_second_start(undisturbed, tmp_path):
+    config = config_of(tmp_path, arms=["m2mkd"], meta__max_hybrid_drop=-100.0)
+    for _ in range(2):
+        with pytest.raises(M2MKDError, match="do not speak the same language"):
+            run(config)
+    assert not list(tmp_path.glob("steps/m2mkd/pair*/result.json"))
+
+
+def test_only_wanted_steps_and_what_they_need():
+    steps = plan(make_config([tiny()]), 3)
+    names = [step.name for step in closure(steps, [step for step in steps if step.name == "m2mkd/pair1"])]
+    assert names == ["teacher", "meta", "hybrids", "m2mkd/pair1"]
+    assert [step.name for step in closure(steps, [step for step in steps if step.arm == "scratch"])] == ["scratch/e2e"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher__model": "vit_mcro"}, "unknown model 'vit_mcro'; did you mean .*'vit_micro'"),
+        ({"student__model": "vmoe_micr.m2mkd"}, "did you mean .*'vmoe_micro.m2mkd'"),
+        ({"data__spec": "digit"}, "did you mean 'digits'"),
+        ({"data__spec": "folder:/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"teacher__parts": 9}, "cannot cut 3 blocks into 9 modules"),
+        ({"student__parts": 2}, "2 student modules .* do not fit a meta model with 2 cuts"),
+        ({"teacher__options__num_classes": 7}, "the teacher has 7 classes, 'digits' has 10"),
+        ({"student__options__num_classes": 7}, "7.*10|10.*7"),
+        ({"teacher__weights": "/nowhere/teacher.safetensors"}, "there is no file '/nowhere/teacher.safetensors'"),
+        ({"data__augmentation": "afine"}, "did you mean .*'affine'"),
+        ({"teacher__train__optimizer": "adamv"}, "unknown optimizer 'adamv'; did you mean .*'adamw'"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(tmp_path, changes, message):
+    started = time.monotonic()
+    with pytest.raises(M2MKDError, match=message):
+        run(config_of(tmp_path / "run", **changes))
+    assert time.monotonic() - started < 20
+    assert not (tmp_path / "run" / "steps").exists()
+
+
+def test_another_configuration_does_not_touch_the_folder(undisturbed):
+    before = outcome(undisturbed)
+    with pytest.raises(M2MKDError, match=r"another configuration: pair.alpha \(there 0.5, now 0.25\).*output=FOLDER"):
+        run(config_of(undisturbed, pair__alpha=0.25))
+    assert outcome(undisturbed) == before
+
+
+def test_a_second_launch_on_one_folder_is_refused(tmp_path):
+    with exclusive(tmp_path), pytest.raises(M2MKDError, match="another process is working in"):
+        subprocess_run_refuses(tmp_path)
+
+
+def subprocess_run_refuses(folder: Path) -> None:
+    code = "import sys; from pathlib import Path; from m2mkd_fast.pipeline.files import exclusive\n" + (
+        "from m2mkd_fast.errors import M2MKDError\n"
+        "try:\n    exclusive(Path(sys.argv[1])).__enter__()\nexcept M2MKDError as error:\n    print(error)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    if answer.stdout:
+        raise M2MKDError(answer.stdout)
+
+
+@pytest.fixture
+def copied(undisturbed, tmp_path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(undisturbed, tmp_path / "copy"))
+
+
+def test_a_module_from_another_teacher_is_refused(copied):
+    result_path = copied / "steps/teacher/result.json"
+    result = json.loads(result_path.read_text()) | {"weights_hash": "0" * 64}
+    result_path.write_text(json.dumps(result))
+    with pytest.raises(M2MKDError, match="was made from another teacher than the one that is there now"):
+        run(config_of(copied))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_damaged_weights_are_named_and_nothing_is_lost(copied, damage):
+    path = copied / "steps/m2mkd/pair1/weights.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-10])
+    else:
+        save_file({"x": torch.zeros(2)}, path)
+    (copied / "steps/m2mkd/e2e/result.json").unlink()
+    before = outcome(copied)
+    with pytest.raises(M2MKDError, match="m2mkd/e2e: .*pair1/weights.safetensors"):
+        run(config_of(copied))
+    assert outcome(copied) == before
+
+
+def test_a_damaged_result_is_named(copied):
+    (copied / "steps/meta/result.json").write_text('{"step": ')
+    with pytest.raises(M2MKDError, match=r"steps/meta/result.json is damaged"):
+        run(config_of(copied))
