@@ -229,7 +229,7 @@ def _checked_scores(
             raise M2MKDError(f"top_k is {top_k}; with {experts} experts it must be within 1 to {experts}")
         if capacity is not None and capacity < 1:
             raise M2MKDError(f"capacity is {capacity}; it must be at least 1, or None to drop nothing")
-    precision = torch.promote_types(logits.dtype, torch.float32)
+    precision = torch.float64 if logits.dtype == torch.float64 else torch.float32
     scores = logits.to(precision)
     if noise is not None:
         scores = scores + noise.to(precision)
