@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from safetensors import safe_open
@@ -23,6 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "golden_case(*patterns, exclude=()): run once per golden file that matches")
     # The models of the tests are so small that a second thread costs more than it brings.
     torch.set_num_threads(1)
+    # Examples are small; how long one takes on a busy machine says nothing.
+    hypothesis.settings.register_profile("project", deadline=None)
+    hypothesis.settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

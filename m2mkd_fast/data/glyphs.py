@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from m2mkd_fast.atomic import write_atomically
 from m2mkd_fast.data.glyph_fonts import CHARACTERS, draw_masters, fonts_for
 from m2mkd_fast.data.image_dataset import ImageDataset, TensorSplit
 from m2mkd_fast.data.seeds import derived_generator
@@ -203,11 +203,4 @@ def _read_cache(path: Path) -> dict[str, Tensor]:
 def _write_cache(path: Path, pixels: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(pixels, partial)
-        # In one step, so that another run never reads half a file.
-        partial.replace(path)
-    except OSError as error:
-        raise M2MKDError(f"cannot keep the glyphs in {path.parent} ({error}); choose another cache_dir") from error
+    write_atomically(path, lambda temporary: save_file(pixels, temporary))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from m2mkd_fast.atomic import write_atomically
 from m2mkd_fast.errors import M2MKDError
 
 FORMAT = "m2mkd_fast.module/1"
@@ -142,18 +143,7 @@ def save_module(path: str | os.PathLike[str], module: nn.Module, metadata: Mappi
         }
     except TypeError as error:
         raise M2MKDError(f"metadata for {path} is not JSON: {error}; give numbers, strings, lists and dicts") from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_own_memory(stored), temporary, metadata=header)
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise M2MKDError(f"cannot write {path}: {error}; check that the disk has room and is writable") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    write_atomically(path, lambda temporary: save_file(_own_memory(stored), temporary, metadata=header))
     return digest
 
 
@@ -218,17 +208,6 @@ def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         result[name] = tensor.clone().contiguous() if storage in seen else tensor.contiguous()
         seen.add(storage)
     return result
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename last through a power cut, where the system can open a folder for that (POSIX)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

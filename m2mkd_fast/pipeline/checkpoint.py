@@ -14,8 +14,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from m2mkd_fast.atomic import write_atomically
 from m2mkd_fast.errors import M2MKDError
-from m2mkd_fast.pipeline.files import write_atomically
 
 NAME = "checkpoint.safetensors"
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from m2mkd_fast.atomic import write_text_atomically
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.pipeline.config import RunConfig, make_config
-from m2mkd_fast.pipeline.files import exclusive, write_atomically, write_json
+from m2mkd_fast.pipeline.files import exclusive, write_json
 from m2mkd_fast.pipeline.plan import Step, closure, plan
 from m2mkd_fast.pipeline.preflight import preflight
 from m2mkd_fast.pipeline.progress import Progress, ProgressDisplay, QueueProgress
@@ -229,4 +230,4 @@ def _open_run_folder(config: RunConfig, folder: Path, command: str | None) -> No
     facts = environment() | {"command": command or " ".join(sys.argv)}
     write_json(folder / "run.json", facts)
     text = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
-    write_atomically(folder / "config.yaml", lambda path: path.write_text(text))
+    write_text_atomically(folder / "config.yaml", text)

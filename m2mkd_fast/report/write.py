@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from m2mkd_fast.atomic import write_text_atomically
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.report.markdown import write_markdown
 from m2mkd_fast.report.results import collect_results
@@ -48,8 +48,8 @@ def write_report(run_folders: str | Path | Sequence[str | Path], output: str | P
     target.mkdir(parents=True, exist_ok=True)
     pictures = _write_plots(results, runs[0], target)
     text = json.dumps(finite(results), indent=2, allow_nan=False, default=str, ensure_ascii=False)
-    _write_text(target / "results.json", text + "\n")
-    _write_text(target / "report.md", write_markdown(results, pictures))
+    write_text_atomically(target / "results.json", text + "\n")
+    write_text_atomically(target / "report.md", write_markdown(results, pictures))
     return target / "report.md"
 
 
@@ -84,9 +84,3 @@ def _write_plots(results: dict[str, Any], run: Any, target: Path) -> dict[str, s
                 save_figure(figure, target / name)
                 written[name] = CAPTIONS[name]
     return written
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -10,6 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from m2mkd_fast import atomic
 from m2mkd_fast.data import create_dataset
 from m2mkd_fast.distill.tasks import SupervisedTask, Task
 from m2mkd_fast.errors import M2MKDError
@@ -147,8 +148,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(M2MKDError, match="no space to write .*free some space and start the same command again"):
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(M2MKDError, match="cannot write .*No space left.*make room.*start the same command again"):
         train(images, training(), tmp_path)
     monkeypatch.undo()
     assert (tmp_path / checkpoint.NAME).read_bytes() == before
