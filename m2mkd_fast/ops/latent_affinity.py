@@ -106,9 +106,8 @@ def signature_distance(receiver_signatures: Tensor, sender_signatures: Tensor) -
     """Cosine distance ``[U, V]`` of signatures ``[U, S]`` and ``[V, S]``, from 0 to 2, in float32 at least."""
     dtype = torch.promote_types(receiver_signatures.dtype, torch.float32)
     device_type = receiver_signatures.device.type
-    # Where there is no autocast (the meta device) there is nothing to switch off.
-    available = torch.amp.is_autocast_available(device_type)
-    with torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext():
+    # The meta device has no autocast to switch off.
+    with contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False):
         receivers = F.normalize(receiver_signatures.to(dtype), dim=-1)
         senders = F.normalize(sender_signatures.to(dtype), dim=-1)
         return 1.0 - receivers @ senders.mT

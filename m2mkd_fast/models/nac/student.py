@@ -124,9 +124,9 @@ def student_modules(circuit: NeuralAttentiveCircuit, cut_widths: Sequence[int], 
         )
     if len(cut_widths) != circuit.num_modules - 1:
         raise M2MKDError(
-            f"this circuit makes {circuit.num_modules} modules (read-in, {len(graph.propagators)} propagators, read-out)"
-            f" with {circuit.num_modules - 1} widths between them, but {len(cut_widths)} were given; split the teacher "
-            f"into {circuit.num_modules} parts, or change num_iterations"
+            f"this circuit makes {circuit.num_modules} modules (read-in, {len(graph.propagators)} propagators, "
+            f"read-out) with {circuit.num_modules - 1} widths between them, but {len(cut_widths)} were given; split the "
+            f"teacher into {circuit.num_modules} parts, or change num_iterations"
         )
     read_in = copy.deepcopy(graph.read_in)
     read_in.code_noise = nn.Identity()
