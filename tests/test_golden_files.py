@@ -12,7 +12,8 @@ KNOWN = (
     "m2mkd_nac_*.safetensors",
     "m2mkd_vmoe_*.safetensors",
     "vmoe_layer*.safetensors",
-    "*.json",
+    "reference_state_manifest.json",
+    "README.md",
 )
 
 

@@ -104,6 +104,14 @@ def test_compiles_without_graph_break(training: bool) -> None:
             torch.testing.assert_close(compiled(IMAGES), circuit(IMAGES))
 
 
+def test_half_precision_weights() -> None:
+    circuit = micro().bfloat16().train()
+    logits = circuit(IMAGES.bfloat16())
+    logits.sum().backward()
+    assert logits.dtype == torch.bfloat16
+    assert all(parameter.grad.isfinite().all() for parameter in circuit.parameters())
+
+
 def test_runs_on_the_meta_device() -> None:
     with torch.device("meta"):
         assert micro()(torch.empty(3, 1, 16, 16)).shape == (3, 10)

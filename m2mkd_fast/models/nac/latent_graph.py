@@ -107,7 +107,6 @@ class LatentGraph(nn.Module):
             raise M2MKDError(f"num_iterations must be 1 or more, got {num_iterations}")
         if read_in_cls not in READ_INS:
             raise UnknownNameError("read_in_cls", read_in_cls, READ_INS)
-        self.share_propagator_weights = share_propagator_weights
         self.inputs_send_to_outputs = enable_input_output_communication
         self.inputs_always_send = enable_persistent_input_mediator_communication
 

@@ -115,9 +115,8 @@ def student_modules(circuit: NeuralAttentiveCircuit, cut_widths: Sequence[int], 
         raise M2MKDError(
             f"a read-in of type {type(graph.read_in).__name__} cannot be a student module; use AttentiveReadIn"
         )
-    if graph.share_propagator_weights or len({id(propagator.ffn) for propagator in graph.propagators}) < len(
-        graph.propagators
-    ):
+    distinct = {id(propagator.ffn) for propagator in graph.propagators}
+    if len(distinct) < len(graph.propagators):
         raise M2MKDError(
             "propagators that share weights cannot be distilled one by one; set share_propagator_weights and "
             "share_ffn_between_propagators to false"
@@ -125,8 +124,8 @@ def student_modules(circuit: NeuralAttentiveCircuit, cut_widths: Sequence[int], 
     if len(cut_widths) != circuit.num_modules - 1:
         raise M2MKDError(
             f"this circuit makes {circuit.num_modules} modules (read-in, {len(graph.propagators)} propagators, "
-            f"read-out) with {circuit.num_modules - 1} widths between them, but {len(cut_widths)} were given; split the "
-            f"teacher into {circuit.num_modules} parts, or change num_iterations"
+            f"read-out) with {circuit.num_modules - 1} widths between them, but {len(cut_widths)} were given; split "
+            f"the teacher into {circuit.num_modules} parts, or change num_iterations"
         )
     read_in = copy.deepcopy(graph.read_in)
     read_in.code_noise = nn.Identity()
