@@ -20,6 +20,7 @@ _HOME = {
     "assemble": "modules",
     "create_dataset": "data",
     "create_model": "models",
+    "evaluate_accuracy": "evaluate",
     "hybrid": "modules",
     "list_datasets": "data",
     "list_models": "models",
@@ -30,6 +31,9 @@ _HOME = {
     "save_module": "modules",
     "split": "modules",
     "student_modules": "modules",
+    "teach_meta": "pipeline.teaching",
+    "teach_module": "pipeline.teaching",
+    "train_end_to_end": "pipeline.teaching",
     "use_backend": "backend",
     "verify_split": "modules",
 }

@@ -112,7 +112,7 @@ def _report(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     from m2mkd_fast.info import main as info
 
-    info()
+    info([])
 
 
 def _config(options: argparse.Namespace):

@@ -58,11 +58,11 @@ def backends_of(op: str) -> list[str]:
     return ["reference", *compiled, *(["triton"] if has_triton else [])]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m m2mkd_fast.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     found = facts()
-    print(json.dumps(found, indent=2) if parser.parse_args().json else _as_text(found))
+    print(json.dumps(found, indent=2) if parser.parse_args(arguments).json else _as_text(found))
 
 
 def _as_text(found: dict[str, Any]) -> str:

@@ -99,7 +99,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         raise OSError("No space left on device")
 
     monkeypatch.setattr(state_module, "save_file", full_disk)
-    with pytest.raises(M2MKDError, match=r"No space left on device.*has room"):
+    with pytest.raises(M2MKDError, match=r"No space left on device.*make room"):
         save_module(path, nn.Linear(2, 3), {"step": 2})
     assert read_state(path)[1] == {"step": 1, "weights_hash": digest}
     assert os.listdir(tmp_path) == ["weights.safetensors"]
