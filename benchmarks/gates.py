@@ -83,7 +83,7 @@ def check_import() -> bool:
     started_cuda = outputs[0][1] == "True"
     passed = seconds < IMPORT_SECONDS and not heavy and not started_cuda
     print(
-        f"{'ok  ' if passed else 'FAIL'} import m2mkd_fast adds {seconds:.3f} s to import torch, limit {IMPORT_SECONDS};"
+        f"{'ok  ' if passed else 'FAIL'} import m2mkd_fast adds {seconds:.3f} s to torch, limit {IMPORT_SECONDS};"
         f" heavy modules: {heavy or 'none'}; CUDA started: {started_cuda}"
     )
     return passed
