@@ -133,9 +133,9 @@ def _by_grouped_products(
     used = _used(assignment).unsqueeze(1)
 
     def product(rows: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
-        # The rows of the tail come out of a grouped product uninitialised, and so do their gradients. `where`, unlike a
-        # product with zero, stops a NaN in both directions.
-        out = F.grouped_mm(torch.where(used, rows, 0.0), matrices.transpose(1, 2), offs=stops)
+        # A grouped product leaves the rows of the tail uninitialised, and their gradients too. `where`, unlike a product
+        # with zero, stops a NaN in both directions; what is left upstream of the first product, `place` never points at.
+        out = F.grouped_mm(rows, matrices.transpose(1, 2), offs=stops)
         return torch.where(used, out if bias is None else out + bias.index_select(0, expert), 0.0)
 
     hidden = F.dropout(
