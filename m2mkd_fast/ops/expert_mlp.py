@@ -133,8 +133,8 @@ def _by_grouped_products(
     used = _used(assignment).unsqueeze(1)
 
     def product(rows: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
-        # A grouped product leaves the rows of the tail uninitialised, and their gradients too. `where`, unlike a product
-        # with zero, stops a NaN in both directions; what is left upstream of the first product, `place` never points at.
+        # A grouped product leaves the rows of the tail uninitialised, and their gradients too. `where`, unlike a
+        # product with zero, stops a NaN in both directions; above the first product, `place` never points at the tail.
         out = F.grouped_mm(rows, matrices.transpose(1, 2), offs=stops)
         return torch.where(used, out if bias is None else out + bias.index_select(0, expert), 0.0)
 
