@@ -9,9 +9,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..errors import M2MKDError, UnknownNameError
-from ..ops.expert_mlp import Activation, expert_mlp
-from ..ops.route import Assignment
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.ops.expert_mlp import Activation, expert_mlp
+from m2mkd_fast.ops.route import Assignment
 
 ExpertInit = Literal["linear", "trunc_normal", "published"]
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import M2MKDError, UnknownNameError
-from ..ops.route import Assignment, Gate, capacity_of, route
-from ..ops.routing_losses import gshard_loss, importance_loss, load_loss, router_z_loss
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.ops.route import Assignment, Gate, capacity_of, route
+from m2mkd_fast.ops.routing_losses import gshard_loss, importance_loss, load_loss, router_z_loss
 
 # What the published models set, as keyword arguments of `Router` and `VisionMoE`.
 ROUTERS: dict[str, dict[str, Any]] = {

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import M2MKDError
-from .expert_mlp import ExpertInit, ExpertMLP
-from .router import Router
+from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.nn.expert_mlp import ExpertInit, ExpertMLP
+from m2mkd_fast.nn.router import Router
 
 
 class VisionMoE(nn.Module):

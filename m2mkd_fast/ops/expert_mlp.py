@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..errors import M2MKDError, UnknownNameError
-from .route import Assignment
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.ops.route import Assignment
 
 Activation = Literal["gelu", "gelu_tanh"]
 
