@@ -46,19 +46,22 @@ class Execution:
 
     @property
     def accelerator(self) -> Accelerator:
-        return _accelerator(self.device, self.precision)
+        return _accelerator(self.device)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 where it was asked for, or where ``auto`` finds a GPU that computes in it natively."""
+        device = self.accelerator.device.type
+        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = self.precision == "bf16" or (self.precision == "auto" and native)
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
 
 
 @functools.cache
-def _accelerator(device: str, precision: str) -> Accelerator:
+def _accelerator(device: str) -> Accelerator:
     cuda = device != "cpu" and torch.cuda.is_available()
     if device not in ("auto", "cpu") and not cuda:
-        raise M2MKDError(
-            f"device {device!r} was asked for, but torch sees no CUDA device; set device=cpu or device=auto"
-        )
-    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    mixed = "bf16" if precision == "bf16" or (precision == "auto" and native) else "no"
-    return Accelerator(cpu=not cuda, mixed_precision=mixed)
+        raise M2MKDError(f"device {device!r} was asked for, but torch sees no CUDA device; set device=cpu or auto")
+    return Accelerator(cpu=not cuda)
 
 
 @dataclass
@@ -122,7 +125,7 @@ class _Run:
         folder: Path | None,
     ) -> None:
         self.split, self.config, self.seed, self.data, self.folder = split, config, seed, data, folder
-        self.accelerator = execution.accelerator
+        self.execution, self.accelerator = execution, execution.accelerator
         fused = {"fused": True} if config.optimizer in _FUSED else {}
         optimizer = create_optimizer_v2(
             task.trainable, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay, **fused
@@ -212,7 +215,7 @@ class _Run:
 
     def _backward(self, images: Tensor, labels: Tensor, shares: bool) -> PairLoss:
         self.optimizer.zero_grad()
-        with self.accelerator.autocast():
+        with self.execution.autocast():
             loss = self.task(images, labels)
         if shares and len(loss.terms) > 1:
             self.progress.gradient_share = _gradient_share(loss, list(self.trainable.parameters()))

@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from m2mkd_fast.distill.pair_loss import pair_loss
+from m2mkd_fast.distill.tasks import DistillationSettings, PairTask
 from m2mkd_fast.models.registry import create_model
 from m2mkd_fast.models.vmoe import VMoE
 from m2mkd_fast.modules.chain import ModuleChain
@@ -65,15 +65,10 @@ def check_pair_file(path: Path, read: Callable, check: Check) -> None:
     prefix = meta.run(tensors["in/x"], stop=slot)
     teacher_logits = meta.run(teacher[slot](prefix), start=slot + 1)
     student_logits = meta.run(student(prefix), start=slot + 1)
-    loss = pair_loss(
-        student_logits,
-        teacher_logits,
-        tensors["in/labels"],
-        alpha=config["alpha_teacher"],
-        tau=config["tau"],
-        kind=config["loss"],
-        kd_reduction="reference",
+    settings = DistillationSettings(
+        alpha=config["alpha_teacher"], tau=config["tau"], kind=config["loss"], kd_reduction="reference"
     )
+    loss = PairTask(student, slot, teacher, meta, meta, settings)(tensors["in/x"], tensors["in/labels"])
     loss.total.backward()
 
     computed = {"out/teacher_logits": teacher_logits, "out/student_logits": student_logits, "out/loss": loss.total}

@@ -97,6 +97,20 @@ def test_it_learns(images):
         assert (model.eval()(pixels).argmax(1) == labels).float().mean() > 0.9
 
 
+def test_bf16_computes_products_in_bf16_and_keeps_float32_weights(images):
+    seen = []
+
+    class Watching(Mortal):
+        def forward(self, images, labels):
+            seen.append(self.trainable(images).dtype)
+            return SupervisedTask.forward(self, images, labels)
+
+    model = network()
+    fit(Watching(model, -1), images, training(steps=2), seed=0, execution=Execution("cpu", "bf16"))
+    assert seen == [torch.bfloat16] * 2
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_cost_is_counted(images):
     result = fit(SupervisedTask(network()), images, training(steps=5), seed=0, execution=CPU)
     # Forward, and backward to weights of both layers and to the hidden layer; no gradient for the images.
