@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda_on_cpu import load_cuda_on_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,9 +19,10 @@ from m2mkd_fast._extension import why_missing
 from m2mkd_fast.backend import BackendFallbackWarning, use_backend
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.ops import route as route_module
-from m2mkd_fast.ops.route import Assignment, capacity_of, route, route_reference
+from m2mkd_fast.ops.route import Assignment, capacity_of, route, route_backward_reference, route_reference
 
 FUZZ_EXAMPLES = int(os.environ.get("M2MKD_FUZZ_EXAMPLES", "150"))
+ROOT = Path(__file__).parents[2]
 GATES = ("softmax_top_k", "top_k_softmax", "experts_choose")
 needs_cpu_kernel = pytest.mark.skipif(why_missing("_C") is not None, reason=str(why_missing("_C")))
 
@@ -335,6 +339,45 @@ def test_values_that_are_not_finite_leave_the_indices_sound(case, bad, device):
     for name in ("token", "expert", "offsets", "place"):
         assert torch.equal(getattr(result, name).cpu(), getattr(expected, name)), name
     assert torch.equal(result.gates.isnan().cpu(), expected.gates.isnan())
+
+
+@pytest.fixture(scope="module")
+def cuda_on_cpu(tmp_path_factory):
+    """The CUDA kernels, run on the CPU by an imitation of thread blocks and warps."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    return load_cuda_on_cpu(ROOT / "csrc/cuda/route.cu", tmp_path_factory.mktemp("route"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "experts"), [(1, 1), (70, 6), (300, 8), (270, 33), (40, 256)], ids=lambda number: str(number)
+)
+@every_case
+def test_cuda_kernels_agree_with_loops_on_the_cpu(case, tokens, experts, cuda_on_cpu):
+    top_k, capacity = min(case["top_k"], experts), case.get("capacity")
+    capacity = capacity if capacity is None else min(capacity * (1 + tokens // 40), tokens)
+    case = {**case, "top_k": top_k, "capacity": capacity}
+    scores = random_logits(3, tokens, experts)
+    scores[1] = scores[1].round()  # many ties
+    arguments = (top_k, case.get("gate", "softmax_top_k"), capacity, "batch_priority" in case)
+    if case.get("gate") == "experts_choose":
+        arguments = (0, *arguments[1:])
+    assignment = Assignment(*cuda_on_cpu._route_forward(scores, *arguments))
+    assert_as_expected(assignment, scores, **case)
+    torch.testing.assert_close(assignment.gates, route_reference(scores, **case).gates, rtol=0, atol=1e-14)
+
+    saved = (assignment.gates, assignment.token, assignment.expert, assignment.offsets)
+    grad_weight, grad_gates = torch.rand_like(assignment.weight), torch.rand_like(assignment.gates)
+    for gradients in ((grad_weight, None), (None, grad_gates), (grad_weight, grad_gates)):
+        grad, expected = cuda_on_cpu._route_backward(*gradients, *saved), route_backward_reference(*gradients, *saved)
+        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.slow
+def test_cuda_kernels_take_no_tokens(cuda_on_cpu):
+    assignment = Assignment(*cuda_on_cpu._route_forward(torch.zeros(2, 0, 3), 2, "softmax_top_k", 4, True))
+    assert assignment.offsets.tolist() == [0, 0, 0, 0]
 
 
 @every_case
