@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from m2mkd_fast.errors import M2MKDError, UnknownNameError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 where it succeeded, 2 after an error that the user can mend, 130 after an interrupt."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positional arguments only up to the first option; overrides may stand behind one as well.
@@ -19,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
+    options.line = shlex.join(["m2mkd", *arguments])
     try:
         options.command(options)
     except M2MKDError as error:
@@ -34,7 +37,7 @@ def _run(options: argparse.Namespace) -> None:
     from m2mkd_fast.pipeline.run import run
     from m2mkd_fast.report import write_report
 
-    folder = run(_config(options), jobs=options.jobs)
+    folder = run(_config(options), jobs=options.jobs, command=options.line)
     report = write_report(folder)
     _print_summary(folder)
     print(f"report: {report}")
@@ -47,6 +50,7 @@ def _distill(options: argparse.Namespace) -> None:
     run(
         _config(options),
         jobs=options.jobs,
+        command=options.line,
         only=lambda step: step.arm == "m2mkd" and step.phase == "m2mKD" and (wanted is None or step.slot in wanted),
     )
 
@@ -58,7 +62,7 @@ def _train(options: argparse.Namespace) -> None:
     config = _config(options)
     if options.arm not in config.arms:
         raise UnknownNameError("arm", options.arm, config.arms if options.arm in ARMS else ARMS)
-    folder = run(config, jobs=options.jobs, only=lambda step: step.arm == options.arm)
+    folder = run(config, jobs=options.jobs, only=lambda step: step.arm == options.arm, command=options.line)
     _print_summary(folder)
 
 

@@ -38,6 +38,8 @@ def test_run_leaves_a_report_with_every_arm(finished):
     text = (run / "report.md").read_text()
     for arm in ("scratch", "distill", "task", "m2mkd"):
         assert arm in text
+    command = json.loads((run / "run.json").read_text())["command"]
+    assert command.startswith("m2mkd run") and command.endswith("--jobs 2 pair.train.steps=3")
     results = json.loads((run / "results.json").read_text())
     assert set(results["accuracy"]["arms"]) == {"scratch", "distill", "task", "m2mkd"}
     assert results["accuracy"]["arms"]["m2mkd"]["cold_kept_test_accuracy"]["values"]

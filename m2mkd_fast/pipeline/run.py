@@ -227,7 +227,7 @@ def _open_run_folder(config: RunConfig, folder: Path, command: str | None) -> No
         return
     from m2mkd_fast.pipeline.environment import environment
 
-    facts = environment() | {"command": command or " ".join(sys.argv)}
+    facts = environment() | {"command": command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
     write_json(folder / "run.json", facts)
     text = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
     write_text_atomically(folder / "config.yaml", text)
