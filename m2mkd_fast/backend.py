@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 
@@ -129,3 +130,17 @@ def device_reason(tensor: torch.Tensor, device_type: str) -> str | None:
     if tensor.device.type == device_type:
         return None
     return f"{_OTHER_DEVICE}{tensor.device.type}, not on {device_type}"
+
+
+# Read once, as Triton itself does when its kernels load; torch.compile cannot trace a search for a module either.
+_HAS_TRITON = find_spec("triton") is not None
+_TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def triton_reason(tensor: torch.Tensor) -> str | None:
+    """Why Triton cannot take ``tensor``: it needs a GPU, or its interpreter, which runs on any device to debug."""
+    if not _HAS_TRITON:
+        return "triton is not installed; pip install triton"
+    if _TRITON_INTERPRETS or tensor.device.type == "cuda":
+        return None
+    return f"{device_reason(tensor, 'cuda')} (TRITON_INTERPRET=1, set before Python starts, runs Triton there, slowly)"
