@@ -122,5 +122,14 @@ def normalize_and_project(
 ) -> list[Tensor]:
     """``layer(norm(inputs), codes)`` for every layer, with one normalisation for all."""
     scales = torch.stack([layer.input_scale(codes) for layer in layers])
-    scaled = modulated_norm(inputs, norm.weight, norm.bias, scales, norm.eps)
+    scaled = modulated_norm(inputs, norm.weight, norm.bias, scales, norm.eps, dtype=_product_dtype(layers, inputs))
     return [layer.project(one) for layer, one in zip(layers, scaled.unbind(), strict=True)]
+
+
+def _product_dtype(layers: Sequence[ModulatedLinear], inputs: Tensor) -> torch.dtype | None:
+    """The dtype autocast rounds the scaled inputs to, where nothing but the products reads them."""
+    device = inputs.device.type
+    casts = not inputs.is_meta and torch.is_autocast_enabled(device)  # which knows no meta tensors
+    if casts and inputs.dtype != torch.float64 and all(layer.scales_only for layer in layers):
+        return torch.get_autocast_dtype(device)
+    return None

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from m2mkd_fast.errors import UnknownNameError
+from m2mkd_fast.nn import modulated_linear as modulated_linear_module
 from m2mkd_fast.nn.modulated_linear import ModulatedLinear, modulated_linear, normalize_and_project
+from m2mkd_fast.ops.modulated_norm import modulated_norm
 
 NORMALIZATIONS = {
     "ln": lambda x: F.layer_norm(x, x.shape[-1:]),
@@ -51,6 +55,26 @@ def test_one_normalisation_for_several_layers(of_input: str) -> None:
     layers = [ModulatedLinear(4, size, 5, **options).double() for size in (6, 7)]
     for layer, projected in zip(layers, normalize_and_project(norm, layers, STATES, CODES), strict=True):
         torch.testing.assert_close(projected, layer(norm(STATES), CODES))
+
+
+@pytest.mark.parametrize(("of_input", "rounded"), [("none", torch.bfloat16), ("ln", torch.float32)])
+def test_autocast_rounds_before_the_product(
+    monkeypatch: pytest.MonkeyPatch, of_input: str, rounded: torch.dtype
+) -> None:
+    """The numbers are those of a product that rounds by itself."""
+    seen = []
+
+    def recorded(*args: Any, **options: Any) -> torch.Tensor:
+        seen.append(modulated_norm(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(modulated_linear_module, "modulated_norm", recorded)
+    norm, layer = nn.LayerNorm(4), ModulatedLinear(4, 6, 5, scale_times_input_normalization_type=of_input)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (projected,) = normalize_and_project(norm, [layer], STATES.float(), CODES.float())
+        expected = layer(norm(STATES.float()), CODES.float())
+    assert seen[0].dtype == rounded
+    assert torch.equal(projected, expected)
 
 
 def test_gain_is_learned_only_where_asked() -> None:
