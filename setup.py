@@ -95,7 +95,9 @@ def extensions() -> tuple[list, dict]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     print(f"m2mkd_fast: torch {torch.__version__}, {compiler}; CUDA kernels: {cuda}")
-    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    # Without traps and errno, which nobody reads here, compilers can vectorise; no result changes.
+    flags = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
     stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 
     def sources(*patterns: str) -> list[str]:

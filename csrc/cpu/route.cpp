@@ -4,8 +4,6 @@
 // often each chunk wants each expert, a scan turns the counts into first slots, and a second pass gives every choice its row.
 
 #include <algorithm>
-#include <cmath>
-#include <numeric>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -14,6 +12,7 @@
 
 #include "../route.h"
 #include "falling_order.h"
+#include "softmax.h"
 
 namespace m2mkd {
 namespace {
@@ -25,89 +24,42 @@ int64_t grain(int64_t cost) {
   return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cost));
 }
 
-// A strict order in which NaN is the largest value, as in torch.sort.
+// Fills the gates, and each token's choices [T, K].
 template <typename scalar_t>
-bool precedes(scalar_t a, scalar_t b) {
-  return a > b || (std::isnan(a) && !std::isnan(b));
-}
-
-// gates[i] = exp(scores[i] - max) / sum, for `count` scores.
-template <typename scalar_t>
-void softmax(const scalar_t* scores, int64_t count, scalar_t* gates) {
-  scalar_t largest = scores[0];
-  for (int64_t i = 1; i < count; ++i) {
-    largest = std::max(largest, scores[i]);
-  }
-  scalar_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    gates[i] = std::exp(scores[i] - largest);
-    sum += gates[i];
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    gates[i] /= sum;
-  }
-}
-
-// The choices of one token in falling order of score, the lower expert first among equals.
-template <typename scalar_t>
-void choose_experts(const scalar_t* scores, int64_t experts, int64_t top_k, int32_t* choice) {
-  int64_t found = 0;
-  for (int64_t expert = 0; expert < experts; ++expert) {
-    if (found == top_k && !precedes(scores[expert], scores[choice[top_k - 1]])) {
-      continue;
-    }
-    int64_t slot = found == top_k ? top_k - 1 : found++;
-    for (; slot > 0 && precedes(scores[expert], scores[choice[slot - 1]]); --slot) {
-      choice[slot] = choice[slot - 1];
-    }
-    choice[slot] = static_cast<int32_t>(expert);
-  }
-}
-
-// Fills the gates, and each token's choices [T, K] with their weights.
-template <typename scalar_t>
-void choose(const scalar_t* scores, const RouteProblem& p, scalar_t* gates, int32_t* choice, scalar_t* weight) {
+void choose(const scalar_t* scores, const RouteProblem& p, scalar_t* gates, int64_t* choice) {
   torch::stable::parallel_for(0, p.groups * p.tokens, grain(p.experts), [&](int64_t begin, int64_t end) {
+    const int64_t count = end - begin, first = begin * p.experts;
+    largest_of_rows(scores + first, count, p.experts, p.top_k, choice + begin * p.top_k);
+    if (p.gate == Gate::softmax_top_k) {
+      softmax_rows(scores + first, count, p.experts, gates + first);
+      return;
+    }
+    std::fill(gates + first, gates + end * p.experts, scalar_t(0));
     std::vector<scalar_t> chosen(p.top_k);
     for (int64_t t = begin; t < end; ++t) {
-      const scalar_t* score = scores + t * p.experts;
-      scalar_t* gate = gates + t * p.experts;
-      int32_t* mine = choice + t * p.top_k;
-      choose_experts(score, p.experts, p.top_k, mine);
-      if (p.gate == Gate::softmax_top_k) {
-        softmax(score, p.experts, gate);
-      } else {
-        std::fill(gate, gate + p.experts, scalar_t(0));
-        for (int64_t k = 0; k < p.top_k; ++k) {
-          chosen[k] = score[mine[k]];
-        }
-        softmax(chosen.data(), p.top_k, weight + t * p.top_k);
-        for (int64_t k = 0; k < p.top_k; ++k) {
-          gate[mine[k]] = weight[t * p.top_k + k];
-        }
-      }
       for (int64_t k = 0; k < p.top_k; ++k) {
-        weight[t * p.top_k + k] = gate[mine[k]];
+        chosen[k] = scores[t * p.experts + choice[t * p.top_k + k]];
+      }
+      softmax_rows(chosen.data(), 1, p.top_k, chosen.data());
+      for (int64_t k = 0; k < p.top_k; ++k) {
+        gates[t * p.experts + choice[t * p.top_k + k]] = chosen[k];
       }
     }
   });
 }
 
-// order[g, position] = the token of group g that fills its slots at this position.
+// order[g, position] = the token of group g that fills its slots at this position, by falling weight of its first choice.
 template <typename scalar_t>
-std::vector<int32_t> filling_order(const RouteProblem& p, const scalar_t* weight) {
+std::vector<int32_t> order_by_priority(const RouteProblem& p, const scalar_t* gates, const int64_t* choice) {
   std::vector<int32_t> order(p.groups * p.tokens);
   torch::stable::parallel_for(0, p.groups, grain(8 * p.tokens), [&](int64_t begin, int64_t end) {
     FallingOrder<scalar_t> falling_order;
     for (int64_t g = begin; g < end; ++g) {
-      const auto first = order.begin() + g * p.tokens;
-      if (p.batch_priority) {
-        const scalar_t* priority = weight + g * p.tokens * p.top_k;
-        const auto& sorted = falling_order(p.tokens, [&](int64_t s) { return priority[s * p.top_k]; });
-        std::copy(sorted.begin(), sorted.end(), first);
-      } else {
-        std::iota(first, first + p.tokens, 0);
-      }
+      const auto& sorted = falling_order(p.tokens, [&](int64_t s) {
+        const int64_t token = g * p.tokens + s;
+        return gates[token * p.experts + choice[token * p.top_k]];
+      });
+      std::copy(sorted.begin(), sorted.end(), order.begin() + g * p.tokens);
     }
   });
   return order;
@@ -115,20 +67,19 @@ std::vector<int32_t> filling_order(const RouteProblem& p, const scalar_t* weight
 
 template <typename scalar_t>
 void tokens_choose(const Tensor& scores, const RouteProblem& p, const Assignment& out) {
-  const int64_t all_tokens = p.groups * p.tokens;
   const int64_t chunks = (p.tokens + kChunk - 1) / kChunk;
-  std::vector<int32_t> choice(all_tokens * p.top_k);
-  std::vector<scalar_t> weight(all_tokens * p.top_k);
-  choose(
-      scores.const_data_ptr<scalar_t>(), p, out.gates.mutable_data_ptr<scalar_t>(), choice.data(), weight.data());
-  const std::vector<int32_t> order = filling_order(p, weight.data());
+  scalar_t* gates = out.gates.mutable_data_ptr<scalar_t>();
+  int64_t* place = out.place.mutable_data_ptr<int64_t>();  // holds each choice's expert until its row is known
+  choose(scores.const_data_ptr<scalar_t>(), p, gates, place);
+  const std::vector<int32_t> order =
+      p.batch_priority ? order_by_priority(p, gates, place) : std::vector<int32_t>();
 
   // Calls visit(token, choice number, its expert) for a chunk, in filling order.
   const auto for_each_choice = [&](int64_t g, int64_t chunk, int64_t k, auto&& visit) {
     const int64_t end = std::min(p.tokens, (chunk + 1) * kChunk);
     for (int64_t position = chunk * kChunk; position < end; ++position) {
-      const int64_t token = g * p.tokens + order[g * p.tokens + position];
-      visit(token, choice[token * p.top_k + k]);
+      const int64_t token = g * p.tokens + (p.batch_priority ? order[g * p.tokens + position] : position);
+      visit(token, place[token * p.top_k + k]);
     }
   };
 
@@ -142,7 +93,7 @@ void tokens_choose(const Tensor& scores, const RouteProblem& p, const Assignment
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t k = 0; k < p.top_k; ++k) {
         int64_t* wanted = slots(i / chunks, i % chunks, k);
-        for_each_choice(i / chunks, i % chunks, k, [&](int64_t, int32_t expert) { ++wanted[expert]; });
+        for_each_choice(i / chunks, i % chunks, k, [&](int64_t, int64_t expert) { ++wanted[expert]; });
       }
     }
   });
@@ -175,13 +126,12 @@ void tokens_choose(const Tensor& scores, const RouteProblem& p, const Assignment
   int64_t* out_token = out.token.mutable_data_ptr<int64_t>();
   int64_t* out_expert = out.expert.mutable_data_ptr<int64_t>();
   scalar_t* out_weight = out.weight.mutable_data_ptr<scalar_t>();
-  int64_t* place = out.place.mutable_data_ptr<int64_t>();
   torch::stable::parallel_for(0, p.groups * chunks, chunk_grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i / chunks;
       for (int64_t k = 0; k < p.top_k; ++k) {
         int64_t* slot = slots(g, i % chunks, k);
-        for_each_choice(g, i % chunks, k, [&](int64_t token, int32_t expert) {
+        for_each_choice(g, i % chunks, k, [&](int64_t token, int64_t expert) {
           const int64_t mine = slot[expert]++;
           const bool kept = mine < p.capacity;
           const int64_t row = kept ? first_row[g * p.experts + expert] + mine : -1;
@@ -189,7 +139,7 @@ void tokens_choose(const Tensor& scores, const RouteProblem& p, const Assignment
           if (kept) {
             out_token[row] = token;
             out_expert[row] = expert;
-            out_weight[row] = weight[token * p.top_k + k];
+            out_weight[row] = gates[token * p.experts + expert];
           }
         });
       }
@@ -205,9 +155,7 @@ void experts_choose(const Tensor& scores, const RouteProblem& p, const Assignmen
   const scalar_t* score = scores.const_data_ptr<scalar_t>();
   scalar_t* gates = out.gates.mutable_data_ptr<scalar_t>();
   torch::stable::parallel_for(0, p.groups * p.tokens, grain(p.experts), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      softmax(score + t * p.experts, p.experts, gates + t * p.experts);
-    }
+    softmax_rows(score + begin * p.experts, end - begin, p.experts, gates + begin * p.experts);
   });
   int64_t* out_token = out.token.mutable_data_ptr<int64_t>();
   int64_t* out_expert = out.expert.mutable_data_ptr<int64_t>();
