@@ -21,6 +21,7 @@ from torch import Tensor
 
 from m2mkd_fast.backend import use_backend
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.nn.latent_attention import LatentAttention
 from m2mkd_fast.ops import modulated_norm as op_module
 from m2mkd_fast.ops.modulated_norm import modulated_norm, modulated_norm_reference
 
@@ -273,6 +274,20 @@ def check_compiled(device: str, compiler: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
+def test_layers_agree_with_the_reference(device):
+    torch.manual_seed(0)
+    layer = LatentAttention(12, 5, num_heads=2, head_dim=4, layer_scale_initial_value=1.0).to(device)
+    states, codes, signatures = (torch.randn(shape, device=device) for shape in ((2, 6, 12), (6, 5), (6, 4)))
+
+    def results(backend: str) -> list[Tensor]:
+        with use_backend(modulated_norm=backend):
+            outputs = layer(states[:, :4], codes[:4], signatures[:4], states, codes, signatures)
+        return [outputs, *torch.autograd.grad(outputs.square().sum(), list(layer.parameters()))]
+
+    for ours, theirs in zip(results("triton"), results("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_is_what_runs_by_default(device, monkeypatch):
     monkeypatch.setattr(op_module, "modulated_norm_reference", None)
     tensors, _ = random_tensors(2, 2, 4, 1, False, device=device)
@@ -338,6 +353,26 @@ def test_kernels_compile_without_spills(architecture, tmp_path, monkeypatch):
     used = resource_usage(kernels.sum_rows_kernel, types, sizes, 384, 4, architecture, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
     assert used["REG"] <= 64
+
+
+@in_another_process
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ones", [("batch",), ("latents",), ("width",), ("batch", "latents", "width", "rows", "columns")]
+)
+def test_kernels_compile_for_sizes_of_one(ones, tmp_path, monkeypatch):
+    """Triton makes an argument of 1 a constant, which is another kind of value while it compiles."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    from m2mkd_fast.kernels import modulated_norm as kernels
+
+    sizes = {"SCALES": 1, "SCALES_BLOCK": 1, "WIDTH_BLOCK": 64, "CHUNK": 1}
+    sums = {"ROWS_BLOCK": kernels._SUM_ROWS, "COLUMNS_BLOCK": kernels._SUM_COLUMNS}
+    for kernel in (kernels.forward_kernel, kernels.backward_kernel, kernels.sum_rows_kernel):
+        numbers = {"batch", "latents", "width", "rows", "columns", "eps"}
+        types = {name: "*fp32" for name in kernel.arg_names if name not in numbers} | {"eps": "fp32"}
+        constants = {**(sums if kernel is kernels.sum_rows_kernel else sizes)}
+        constants |= {name: 1 for name in ones if name in kernel.arg_names}
+        assert resource_usage(kernel, types, constants, 50, 1, 90, tmp_path)["REG"] > 0
 
 
 def resource_usage(
