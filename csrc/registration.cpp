@@ -1,7 +1,8 @@
 // Schemas of every private op, and the module object that makes importing m2mkd_fast._C load them.
 //
 // An op's kernels register themselves in cpu/<op>.cpp and cuda/<op>.cu; its fake function and its autograd are in
-// m2mkd_fast/ops/<op>.py. Names start with an underscore: without the autograd.Function around them these ops have no gradient.
+// m2mkd_fast/ops/<op>.py. Names start with an underscore: without the autograd.Function around them these ops have no
+// gradient.
 
 #include <Python.h>
 

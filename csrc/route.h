@@ -32,7 +32,8 @@ struct Assignment {
 };
 
 inline RouteProblem route_problem(
-    const Tensor& scores, int64_t top_k, const std::string& gate, std::optional<int64_t> capacity, bool batch_priority) {
+    const Tensor& scores, int64_t top_k, const std::string& gate, std::optional<int64_t> capacity,
+    bool batch_priority) {
   STD_TORCH_CHECK(scores.dim() == 3, "scores must be [groups, tokens, experts]");
   STD_TORCH_CHECK(
       scores.scalar_type() == ScalarType::Float || scores.scalar_type() == ScalarType::Double,
@@ -72,7 +73,8 @@ inline Assignment empty_assignment(const Tensor& scores, const RouteProblem& pro
 }
 
 inline void check_saved(const Tensor& gates, const Tensor& token, const Tensor& expert, const Tensor& offsets) {
-  STD_TORCH_CHECK(gates.dim() == 3 && offsets.dim() == 1 && offsets.size(0) == gates.size(2) + 1, "not the forward's gates");
+  STD_TORCH_CHECK(
+      gates.dim() == 3 && offsets.dim() == 1 && offsets.size(0) == gates.size(2) + 1, "not the forward's gates");
   STD_TORCH_CHECK(
       gates.scalar_type() == ScalarType::Float || gates.scalar_type() == ScalarType::Double,
       "gates must be float32 or float64");

@@ -1,4 +1,5 @@
-// Stable sort of gates in falling order, by radix: about ten times as fast as a comparison sort for the lengths that occur here.
+// Stable sort of gates in falling order, by radix: about ten times as fast as a comparison sort for the lengths that
+// occur here.
 #pragma once
 
 #include <array>
@@ -11,8 +12,8 @@
 
 namespace m2mkd {
 
-// Sorts indices 0 .. count-1 by falling value; equal values keep their order and NaN comes first, as in torch.sort. Values are
-// gates: never negative, so that their bits, read as an integer, are ordered as they are.
+// Sorts indices 0 .. count-1 by falling value; equal values keep their order and NaN comes first, as in torch.sort.
+// Values are gates: never negative, so that their bits, read as an integer, are ordered as they are.
 template <typename scalar_t>
 class FallingOrder {
  public:

@@ -1,7 +1,8 @@
 // CPU kernel of `route`; the maths is in m2mkd_fast/ops/route.py.
 //
-// Tokens are cut into chunks of a fixed size, so that the result does not depend on the number of threads. One pass counts how
-// often each chunk wants each expert, a scan turns the counts into first slots, and a second pass gives every choice its row.
+// Tokens are cut into chunks of a fixed size, so that the result does not depend on the number of threads. One pass
+// counts how often each chunk wants each expert, a scan turns the counts into first slots, and a second pass gives
+// every choice its row.
 
 #include <algorithm>
 #include <tuple>
@@ -48,7 +49,8 @@ void choose(const scalar_t* scores, const RouteProblem& p, scalar_t* gates, int6
   });
 }
 
-// order[g, position] = the token of group g that fills its slots at this position, by falling weight of its first choice.
+// order[g, position] = the token of group g that fills its slots at this position, by falling weight of its first
+// choice.
 template <typename scalar_t>
 std::vector<int32_t> order_by_priority(const RouteProblem& p, const scalar_t* gates, const int64_t* choice) {
   std::vector<int32_t> order(p.groups * p.tokens);
@@ -207,7 +209,8 @@ void add_backward(
     const int64_t* row_token = token.const_data_ptr<int64_t>();
     const int64_t* row_expert = expert.const_data_ptr<int64_t>();
     // No (token, expert) pair has two rows, so threads do not collide.
-    torch::stable::parallel_for(0, offsets.const_data_ptr<int64_t>()[experts], grain(1), [&](int64_t begin, int64_t end) {
+    const int64_t used = offsets.const_data_ptr<int64_t>()[experts];
+    torch::stable::parallel_for(0, used, grain(1), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         grad_score[row_token[row] * experts + row_expert[row]] += grad_row[row];
       }

@@ -11,7 +11,8 @@
 
 namespace m2mkd {
 
-// exp(x) for x <= 0, in place, relative error below 2e-7; written so that compilers vectorise it, which a call of expf prevents.
+// exp(x) for x <= 0, in place, relative error below 2e-7; written so that compilers vectorise it, which a call of expf
+// prevents.
 inline void exp_of_nonpositive(float* values, int64_t count) {
   constexpr float kLowest = -87.33654f;          // exp of less is below the smallest normal number: 0
   constexpr float kRound = 12582912.0f;          // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
@@ -96,8 +97,8 @@ void softmax_rows(const scalar_t* scores, int64_t rows, int64_t columns, scalar_
   with_columns(columns, [&](auto number) { softmax_of(scores, rows, number, out); });
 }
 
-// A score and its index as one integer that is larger for the larger score and, among equals, for the lower index. NaN is the
-// largest score, as in torch.sort, and -0 equals 0.
+// A score and its index as one integer that is larger for the larger score and, among equals, for the lower index. NaN
+// is the largest score, as in torch.sort, and -0 equals 0.
 template <typename Packed, typename Key, typename scalar_t>
 Packed pack_score(scalar_t score, int64_t index) {
   score += scalar_t(0);

@@ -1,14 +1,14 @@
 // CUDA kernels of `route`; the maths is in m2mkd_fast/ops/route.py, the plan is that of cpu/route.cpp.
 //
-// Results do not depend on the order in which blocks or threads run: atomics only count integers, and every row is placed by its
-// rank. Nothing is read back to the host.
+// Results do not depend on the order in which blocks or threads run: atomics only count integers, and every row is
+// placed by its rank. Nothing is read back to the host.
 //
-//   choose      a warp or a part of one for each token: softmax, top-k                      -> gates, choice, choice_weight
-//   rank        (batch priority, experts_choose) how many gates of a group are larger       -> order, or the rows themselves
-//   count       a block for each chunk of positions: how many choices want each expert      -> slot counts
+//   choose      a warp or a part of one for each token: softmax, top-k -> gates, choice, choice_weight
+//   rank        (batch priority, experts_choose) how many gates of a group are larger -> order, or the rows themselves
+//   count       a block for each chunk of positions: how many choices want each expert -> slot counts
 //   scan_slots  a warp for each (group, expert): counts to first slots, total to kept rows
-//   scan_rows   one block: kept rows of (expert, group) to first rows                       -> offsets
-//   place       a block for each chunk: the row of every choice                             -> token, expert, weight, place
+//   scan_rows   one block: kept rows of (expert, group) to first rows -> offsets
+//   place       a block for each chunk: the row of every choice -> token, expert, weight, place
 
 #include <cstdint>
 #include <optional>
@@ -114,9 +114,9 @@ __global__ void __launch_bounds__(kThreads) choose(
   }
 }
 
-// rank = how many values of the segment come before this one in a stable falling order. Comparing all pairs needs no workspace
-// and no synchronisation between blocks, and the segments (tokens of a group) are short.
-// Segment s of `inner` interleaved ones per group: value i is values[(s / inner * length + i) * stride + s % inner].
+// rank = how many values of the segment come before this one in a stable falling order. Comparing all pairs needs no
+// workspace and no synchronisation between blocks, and the segments (tokens of a group) are short. Segment s of `inner`
+// interleaved ones per group: value i is values[(s / inner * length + i) * stride + s % inner].
 template <typename scalar_t, typename Emit>
 __device__ void rank_values(const scalar_t* __restrict__ values, int length, int inner, int stride, Emit emit) {
   __shared__ scalar_t tile[kThreads];
@@ -276,7 +276,8 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) place_rows(
     Chunks c, int64_t capacity, const int32_t* __restrict__ choice, const scalar_t* __restrict__ choice_weight,
     const int32_t* __restrict__ order, const int32_t* __restrict__ first_slot, const int64_t* __restrict__ first_row,
-    const int64_t* __restrict__ offsets, int64_t* out_token, int64_t* out_expert, scalar_t* out_weight, int64_t* place) {
+    const int64_t* __restrict__ offsets, int64_t* out_token, int64_t* out_expert, scalar_t* out_weight,
+    int64_t* place) {
   __shared__ int32_t in_warp[kWarps][kMaxExperts];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t group = blockIdx.x / c.per_group;
@@ -391,7 +392,8 @@ void forward(const Tensor& scores, const RouteProblem& p, const Assignment& out,
   with_lanes(p.experts, [&](auto lanes, auto per_lane) {
     // experts_choose needs the softmax only, whose largest score one round finds.
     choose<scalar_t, lanes(), per_lane()><<<blocks_for(all_tokens * lanes(), kThreads), kThreads, 0, stream>>>(
-        scores.const_data_ptr<scalar_t>(), all_tokens, experts, tokens_choose ? top_k : 1, p.gate != Gate::top_k_softmax,
+        scores.const_data_ptr<scalar_t>(), all_tokens, experts, tokens_choose ? top_k : 1,
+        p.gate != Gate::top_k_softmax,
         out.gates.mutable_data_ptr<scalar_t>(), tokens_choose ? chosen : nullptr, weight);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();

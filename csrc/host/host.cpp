@@ -1,4 +1,5 @@
-// m2mkd_fast._host: facts about this build and this processor, for `python -m m2mkd_fast.info` and for run-time dispatch.
+// m2mkd_fast._host: facts about this build and this processor, for `python -m m2mkd_fast.info` and for run-time
+// dispatch.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
