@@ -12,7 +12,7 @@ from m2mkd_fast.backend import select_backend, triton_reason
 from m2mkd_fast.errors import M2MKDError
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_ELEMENTS = 4096  # of a row, all scales together, that fit into the registers of a program
+_TRITON_SCALES, _TRITON_WIDTH, _TRITON_PRODUCT = 8, 4096, 8192  # what fits into the registers of a program
 
 
 def modulated_norm(
@@ -97,17 +97,13 @@ def _why_not_triton(
             return f"the kernel knows float32, bfloat16 and float16, not {used}"
     if weight.dtype != bias.dtype:
         return f"the kernel needs weight and bias in one dtype, not {weight.dtype} and {bias.dtype}"
-    if _power_of_two(scales.shape[0]) * _power_of_two(inputs.shape[-1]) > _TRITON_ELEMENTS:
+    number, width = scales.shape[0], inputs.shape[-1]
+    if number > _TRITON_SCALES or width > _TRITON_WIDTH or number * width > _TRITON_PRODUCT:
         return (
-            f"the kernel holds up to {_TRITON_ELEMENTS} scales times channels, each rounded up to a power of two, not "
-            f"{scales.shape[0]} times {inputs.shape[-1]}"
+            f"the kernel takes up to {_TRITON_SCALES} scales of {_TRITON_WIDTH} channels, {_TRITON_PRODUCT} numbers in "
+            f"all, not {number} of {width}"
         )
     return None
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest one that is not below the number."""
-    return 1 << (number - 1).bit_length()
 
 
 class _ModulatedNorm(torch.autograd.Function):

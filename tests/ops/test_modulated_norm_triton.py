@@ -43,7 +43,7 @@ PUBLISHED = {
     "tiny propagator": (128, 320, 384, 2, False),
     "imagenet receivers": (32, 768, 512, 1, False),
     "widest": (40, 3, 4095, 1, False),
-    "most scales": (40, 3, 130, 32, False),
+    "most scales": (40, 3, 130, 8, False),
 }
 NAMES = ["outputs", "inputs", "weight", "bias", "scales"]
 
@@ -301,9 +301,9 @@ def test_is_what_runs_by_default(device, monkeypatch):
         ({"bias": torch.zeros(4, dtype=torch.bfloat16)}, "needs weight and bias in one dtype"),
         (
             {"inputs": torch.zeros(1, 1, 4097), "weight": torch.zeros(4097), "bias": torch.zeros(4097)},
-            "up to 4096 scales times channels, .* not 1 times 4097",
+            "up to 8 scales of 4096 channels, 8192 numbers in all, not 1 of 4097",
         ),
-        ({"scales": torch.zeros(2000, 3, 4)}, "not 2000 times 4"),
+        ({"scales": torch.zeros(9, 3, 4)}, "not 9 of 4"),
     ],
 )
 def test_forced_where_it_cannot_run_it_says_why(change, reason, device):
@@ -331,11 +331,10 @@ def test_kernels_compile_without_spills(architecture, tmp_path, monkeypatch):
     element = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     # inputs, outputs, scales, width; the last ones are the limits
     cases = [(dtype, dtype, 2, 384) for dtype in DTYPES] + [(torch.float32, torch.float16, 2, 512)]
-    cases += [
-        (torch.float32, torch.bfloat16, *limit) for limit in ((1, 4096), (1, 4095), (2, 2047), (64, 64), (4096, 1))
-    ]
+    limits = ((8, 1024), (4, 2048), (2, 4096), (2, 4095), (8, 1))
+    cases += [(torch.float32, torch.bfloat16, *limit) for limit in limits]
     for inputs, outputs, scales, width in cases:
-        sizes = kernels.blocks_of(scales, width, min(inputs.itemsize, outputs.itemsize))
+        sizes = kernels.blocks_of(scales, width)
         num_warps = sizes.pop("num_warps")
         for kernel in (kernels.forward_kernel, kernels.backward_kernel):
             types = dict.fromkeys(("inputs", "weight", "bias", "scales"), f"*{element[inputs]}")
@@ -343,11 +342,11 @@ def test_kernels_compile_without_spills(architecture, tmp_path, monkeypatch):
             types |= dict.fromkeys(("outputs", "grad_outputs"), f"*{element[outputs]}")
             types |= {"mean": "*fp32", "rstd": "*fp32", "grad_affine": "*fp32", "eps": "fp32"}
             used = resource_usage(kernel, types, {**sizes, "CHUNK": 16}, width, num_warps, architecture, tmp_path)
-            # Rows that are not aligned need more addresses: at the limit of the width a few of them are spilled.
-            assert used["STACK"] <= (0 if width % 16 == 0 else 64), (kernel.__name__, outputs, scales, width, used)
+            # Rows that are not aligned need more addresses: where both limits meet, a few of them are spilled.
+            assert used["STACK"] <= (128 if width == 4095 else 0), (kernel.__name__, outputs, scales, width, used)
             assert used["LOCAL"] == 0
             if width in (384, 512):
-                assert used["REG"] <= 128, (kernel.__name__, inputs, outputs, used)
+                assert used["REG"] <= 64, (kernel.__name__, inputs, outputs, used)
     sizes = {"ROWS_BLOCK": kernels._SUM_ROWS, "COLUMNS_BLOCK": kernels._SUM_COLUMNS}
     types = {"partial": "*fp32", "total": "*bf16"}
     used = resource_usage(kernels.sum_rows_kernel, types, sizes, 384, 4, architecture, tmp_path)
@@ -365,7 +364,7 @@ def test_kernels_compile_for_sizes_of_one(ones, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     from m2mkd_fast.kernels import modulated_norm as kernels
 
-    sizes = {"SCALES": 1, "SCALES_BLOCK": 1, "WIDTH_BLOCK": 64, "CHUNK": 1}
+    sizes = {"SCALES": 1, "WIDTH_BLOCK": 64, "CHUNK": 1}
     sums = {"ROWS_BLOCK": kernels._SUM_ROWS, "COLUMNS_BLOCK": kernels._SUM_COLUMNS}
     for kernel in (kernels.forward_kernel, kernels.backward_kernel, kernels.sum_rows_kernel):
         numbers = {"batch", "latents", "width", "rows", "columns", "eps"}
