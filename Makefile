@@ -5,10 +5,11 @@
 #   make bench      all benchmarks, as JSON in $(OUT)
 #   make gpu-check  on a machine with a GPU, with the python3 that is there: build in place, GPU tests, benchmarks
 #   make wheel      wheel and source distribution in dist/
-#   make soak       the property tests, many times longer
+#   make soak       the slow tests, and the property tests many times longer
 
 PYTHON ?= python3
 MAX_JOBS ?= 2
+JOBS ?= 2
 OUT ?= benchmarks/results/local
 SOAK_EXAMPLES ?= 5000
 
@@ -20,11 +21,11 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu
 .PHONY: demo test gates bench gpu-check lint wheel soak clean
 
 demo: $(STAMP)
-	$(BIN)/m2mkd run configs/digits_vmoe.yaml
-	$(BIN)/m2mkd run configs/digits_nac.yaml
+	$(BIN)/m2mkd run configs/digits_vmoe.yaml --jobs $(JOBS)
+	$(BIN)/m2mkd run configs/digits_nac.yaml --jobs $(JOBS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slow"
 
 gates: $(STAMP)
 	$(BIN)/python benchmarks/gates.py
@@ -51,6 +52,7 @@ wheel: $(STAMP)
 	$(BIN)/python setup.py -q sdist
 
 soak: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow --timeout 0
 	M2MKD_FUZZ_EXAMPLES=$(SOAK_EXAMPLES) $(BIN)/python -m pytest -q -k fuzz --timeout 0
 
 clean:

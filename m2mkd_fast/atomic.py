@@ -28,13 +28,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        raise M2MKDError(
-            f"cannot write {path}: {error}. What was there before is intact: make room, or make the folder writable, "
-            "and start the same command again"
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def unwritable(path: Path, error: Exception) -> M2MKDError:
+    """The error for a file that cannot be written."""
+    return M2MKDError(
+        f"cannot write {path}: {error}. What was there before is intact: make room, or make the folder writable, and "
+        "start the same command again"
+    )
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m2mkd_fast.atomic import write_text_atomically
+from m2mkd_fast.atomic import unwritable, write_text_atomically
 from m2mkd_fast.errors import M2MKDError
 
 
@@ -27,8 +27,12 @@ def read_json(path: Path) -> Any:
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; the operating system lets go of it when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -57,5 +61,8 @@ class MetricsFile:
         write_text_atomically(path, text)
 
     def append(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise unwritable(self.path, error) from error

@@ -242,6 +242,34 @@ def test_another_configuration_does_not_touch_the_folder(undisturbed):
     assert outcome(undisturbed) == before
 
 
+def test_a_full_disk_is_one_error_and_the_run_goes_on_later(undisturbed, tmp_path):
+    """No file may grow past what the first steps' small files need, so the first checkpoint does not fit."""
+    import resource
+
+    from omegaconf import OmegaConf
+
+    config = config_of(tmp_path / "run")
+    OmegaConf.save(OmegaConf.create(config.to_dict()), tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "m2mkd_fast", "run", str(tmp_path / "config.yaml")]
+    limited = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)),
+    )
+    assert limited.returncode == 2, limited.stderr
+    assert "cannot write" in limited.stderr and "Traceback" not in limited.stderr
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    run(config)
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(M2MKDError, match="cannot write .*file/run"):
+        run(config_of(tmp_path / "file" / "run"))
+
+
 def test_a_second_launch_on_one_folder_is_refused(tmp_path):
     with exclusive(tmp_path), pytest.raises(M2MKDError, match="another process is working in"):
         subprocess_run_refuses(tmp_path)
