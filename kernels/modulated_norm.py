@@ -111,11 +111,11 @@ def backward_kernel(
     for step in range(CHUNK):
         image = chunk * CHUNK + step
         valid, row = image < batch, image * latents + latent
-        # Rows beyond the batch read zeros, and so add nothing to the sums.
+        # Beyond the width and beyond the batch the gradient reads as zero, and so adds nothing to any sum.
         x = tl.load(inputs + row * width + channel, mask=inside & valid, other=0.0).to(tl.float32)
         mu = tl.load(mean + row, mask=valid, other=0.0)
         inverse = tl.load(rstd + row, mask=valid, other=0.0)
-        normalized = tl.where(inside, (x - mu) * inverse, 0.0)
+        normalized = (x - mu) * inverse
         affined = normalized * gamma + beta
         grad_affined = tl.zeros([WIDTH_BLOCK], dtype=tl.float32)
         sums = ()
