@@ -64,7 +64,7 @@ def forward_kernel(
         x = tl.load(inputs + row * width + channel, mask=inside & valid, other=0.0).to(tl.float32)
         mu = tl.sum(x, axis=0) / width
         centered = tl.where(inside, x - mu, 0.0)
-        inverse = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / width + eps)
+        inverse = tl.rsqrt(tl.sum(centered * centered, axis=0) / width + eps)
         normalized = centered * inverse * gamma + beta
         for m in tl.static_range(SCALES):
             to = outputs + (m * batch * latents + row) * width + channel

@@ -26,7 +26,9 @@ def test_import_is_lazy():
     assert not {"torch", "triton", "torchvision", "timm", "numpy"} & set(loaded)
 
 
-@pytest.mark.parametrize("module", ["ops.route", "ops.routing_losses", "ops.latent_attention", "backend", "nn"])
+@pytest.mark.parametrize(
+    "module", ["ops.route", "ops.routing_losses", "ops.modulated_norm", "ops.latent_attention", "backend", "nn"]
+)
 def test_operators_and_layers_import_no_vision_and_start_no_cuda(module):
     code = f"import sys, torch; before = set(sys.modules); import m2mkd_fast.{module}; "
     code += "print(torch.cuda.is_initialized(), *(set(sys.modules) - before))"

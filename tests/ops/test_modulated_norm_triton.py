@@ -100,14 +100,18 @@ def on_triton(tensors: list[Tensor], grad: Tensor, **options: Any) -> list[Tenso
 
 
 def rounding_of(dtype: torch.dtype) -> float:
-    """The largest relative error of one rounding: to the nearest number, or in the interpreter to a neighbour."""
-    return torch.finfo(dtype).eps / (1 if INTERPRETED else 2)
+    """What rounding may do to a number: a few times in float32, once, at the end, in a half precision.
+
+    Triton's interpreter does not round to the nearest number but cuts off.
+    """
+    eps = torch.finfo(dtype).eps
+    return 2 * eps if dtype == torch.float32 else eps / (1 if INTERPRETED else 2)
 
 
 def assert_as_exact_as_pytorch(tensors: list[Tensor], grad: Tensor) -> None:
-    """No more than twice (outputs) or three times (gradients) PyTorch's error at the same precision, plus a rounding.
+    """At most twice (outputs) or three times (gradients) PyTorch's error at this precision, plus what rounding may do.
 
-    On small tensors PyTorch's largest error can be much below a rounding by luck.
+    On small tensors PyTorch's largest error can be much below that by luck.
     """
     found, same = on_triton(tensors, grad), everything(modulated_norm_reference, tensors, grad)
     exact = everything(modulated_norm_reference, [tensor.double() for tensor in tensors], grad.double())
@@ -141,8 +145,12 @@ def test_error_is_pytorchs_at_full_size(shape, dtype):
 
 
 def test_variance_of_inputs_far_from_zero(device):
+    """A mean of 1000 is rounded by 3e-5; a variance from the mean of squares would be off by 0.1."""
     (inputs, *rest), grad = random_tensors(3, 2, 40, 2, False, device=device)
-    assert_as_exact_as_pytorch([inputs + 1000.0, *rest], grad)
+    tensors = [inputs + 1000.0, *rest]
+    exact = everything(modulated_norm_reference, [tensor.double() for tensor in tensors], grad.double())
+    for name, ours, truth in zip(NAMES, on_triton(tensors, grad), exact, strict=True):
+        assert (ours - truth).abs().max() <= 5e-4 * truth.abs().max(), name
 
 
 def test_eps_is_used(device):
@@ -191,7 +199,7 @@ def test_dtypes_may_differ(scales_dtype, device):
     exact = everything(modulated_norm_reference, [tensor.double() for tensor in tensors], grad.double())
     assert [tensor.dtype for tensor in found] == [torch.bfloat16, *(tensor.dtype for tensor in tensors)]
     for name, ours, truth in zip(NAMES, found, exact, strict=True):
-        tolerance = max(1e-6, rounding_of(ours.dtype)) * truth.abs().max()
+        tolerance = (1e-6 + rounding_of(ours.dtype)) * truth.abs().max()
         assert (ours.double() - truth).abs().max() <= tolerance, name
 
 
