@@ -177,19 +177,22 @@ class _Run:
             progress.images += len(images)
             progress.flops += progress.flops_per_step
             progress.seconds += time.perf_counter() - started
-            last = progress.step == config.steps
-            if progress.step % LOG_EVERY == 0 or last:
-                self._log(display, name)
-            if evaluate is not None and (progress.step % config.evaluate_every == 0 or last):
+            evaluates = evaluate is not None and self._due(config.evaluate_every)
+            saves = self.folder is not None and self._due(config.checkpoint_every)
+            if evaluates or saves or self._due(LOG_EVERY):
+                self._log(display, name)  # first, since it stops the run before a loss that is not finite does harm
+            if evaluates:
                 self._evaluate(evaluate)
-            if self.folder is not None and (progress.step % config.checkpoint_every == 0 or last):
-                self._log(display, name)
+            if saves:
                 save_checkpoint(self.folder, progress, self.trainable, self.optimizer.optimizer, self.average)
         if self.average is not None:
             self.trainable.load_state_dict(self.average.module.state_dict())
         return FitResult(
             progress.step, progress.images, progress.seconds, progress.flops, progress.terms, progress.gradient_share
         )
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.config.steps
 
     def _step(self, t: int, images: Tensor, labels: Tensor, shares: bool) -> None:
         step_seed = derive_seed(self.seed, "step", t)
@@ -224,8 +227,6 @@ class _Run:
 
     def _log(self, display: ProgressReport | None, name: str) -> None:
         """Look at the losses since the last look (the only time the host waits for the device) and write them down."""
-        if not self.losses:
-            return
         totals = torch.stack([total for _, total, _ in self.losses]).double().cpu()
         if not totals.isfinite().all():
             first = self.losses[int((~totals.isfinite()).nonzero()[0])]
@@ -234,8 +235,7 @@ class _Run:
             raise M2MKDError(
                 f"the loss at step {first[0]} is not finite (terms: {terms}); {kept}. Lower the learning rate (now "
                 f"{self.config.learning_rate:g}), clip gradients more tightly (clip_grad, now "
-                f"{self.config.clip_grad:g}), "
-                "or use precision=float32"
+                f"{self.config.clip_grad:g}), or use precision=float32"
             )
         progress = self.progress
         parts = self.losses[-1][2]
