@@ -1,11 +1,11 @@
 # Everything runs from a fresh clone; .venv is made on first use and kept up to date by its stamp file.
 #
 #   make demo       teacher -> modules -> student on two small data sets, with a report
-#   make test       all tests;  make gates  speed and import-time limits;  make lint
+#   make test       all tests but the slow ones;  make test-slow  those;  make gates  speed and import-time limits;  make lint
 #   make bench      all benchmarks, as JSON in $(OUT)
 #   make gpu-check  on a machine with a GPU, with the python3 that is there: build in place, GPU tests, benchmarks
 #   make wheel      wheel and source distribution in dist/
-#   make soak       the slow tests, and the property tests many times longer
+#   make soak       the property tests, many times longer
 
 PYTHON ?= python3
 MAX_JOBS ?= 2
@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test gates bench gpu-check lint wheel soak clean
+.PHONY: demo test test-slow gates bench gpu-check lint wheel soak clean
 
 demo: $(STAMP)
 	$(BIN)/m2mkd run configs/digits_vmoe.yaml --jobs $(JOBS)
@@ -26,6 +26,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
 
 gates: $(STAMP)
 	$(BIN)/python benchmarks/gates.py
@@ -52,7 +55,6 @@ wheel: $(STAMP)
 	$(BIN)/python setup.py -q sdist
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow --timeout 0
 	M2MKD_FUZZ_EXAMPLES=$(SOAK_EXAMPLES) $(BIN)/python -m pytest -q -k fuzz --timeout 0
 
 clean:
