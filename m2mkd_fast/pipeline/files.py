@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,20 +26,31 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the operating system lets go of it when the process ends, however it ends."""
+def exclusive(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold a folder for this process; the operating system lets go of it when the process ends, however it ends.
+
+    Args:
+        folder: made where it is missing.
+        patience: seconds to wait for a process that holds it. A killed run's workers take a moment to notice.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except OSError as error:
         raise unwritable(folder, error) from error
+    deadline = time.monotonic() + patience
     with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise M2MKDError(
-                f"another process is working in {folder}; wait for it, or choose another folder with output=FOLDER"
-            ) from error
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise M2MKDError(
+                        f"another process is working in {folder}; wait for it, or choose another folder with "
+                        "output=FOLDER"
+                    ) from error
+                time.sleep(0.05)
         yield
 
 

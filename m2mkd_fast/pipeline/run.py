@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from m2mkd_fast.atomic import write_text_atomically
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.pipeline.config import RunConfig, make_config
-from m2mkd_fast.pipeline.files import exclusive, write_json
+from m2mkd_fast.pipeline.environment import environment
+from m2mkd_fast.pipeline.files import exclusive, read_json, write_json
 from m2mkd_fast.pipeline.plan import Step, closure, plan
 from m2mkd_fast.pipeline.preflight import preflight
 from m2mkd_fast.pipeline.progress import Progress, ProgressDisplay, QueueProgress
@@ -59,8 +60,9 @@ def run(
         with _threads(threads):
             steps = plan(config, preflight(bench))
             wanted = closure(steps, [step for step in steps if only is None or only(step)])
+            _check_same_data(bench)
             _check_provenance(bench, steps)
-            _open_run_folder(config, folder, command)
+            _open_run_folder(bench, command)
             with ProgressDisplay() as display:
                 runner = _InProcess(bench, display) if jobs == 1 else _Workers(config, jobs, threads, display)
                 with runner:
@@ -200,6 +202,15 @@ def _check_same_configuration(config: RunConfig, folder: Path) -> None:
         )
 
 
+def _check_same_data(bench: Workbench) -> None:
+    path = bench.folder / "run.json"
+    if path.exists() and read_json(path)["data"]["content_hash"] != bench.dataset.describe()["content_hash"]:
+        raise M2MKDError(
+            f"the images of {bench.config.data.spec!r} are not those that {bench.folder} was begun with; bring them "
+            "back, or give this run a folder of its own with output=FOLDER"
+        )
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix.removesuffix("."): value}
@@ -222,12 +233,10 @@ def _check_provenance(bench: Workbench, steps: list[Step]) -> None:
                 )
 
 
-def _open_run_folder(config: RunConfig, folder: Path, command: str | None) -> None:
+def _open_run_folder(bench: Workbench, command: str | None) -> None:
+    folder = bench.folder
     if (folder / "config.yaml").exists():
         return
-    from m2mkd_fast.pipeline.environment import environment
-
-    facts = environment() | {"command": command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-    write_json(folder / "run.json", facts)
-    text = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
-    write_text_atomically(folder / "config.yaml", text)
+    typed = command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    write_json(folder / "run.json", environment() | {"command": typed, "data": bench.dataset.describe()})
+    write_text_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(bench.config.to_dict())))

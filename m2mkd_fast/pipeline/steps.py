@@ -33,7 +33,7 @@ from m2mkd_fast.pipeline.workbench import Workbench
 def run_step(bench: Workbench, step: Step, progress: Progress) -> dict[str, Any]:
     """Do one step, or go on with it where it was left, and return its result. A finished step is not done again."""
     folder = bench.step_folder(step.name)
-    with exclusive(folder):
+    with exclusive(folder, patience=5.0):
         finished = bench.result(step.name)
         if finished is not None:
             return finished
