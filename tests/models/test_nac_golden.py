@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.nac import NeuralAttentiveCircuit
 from m2mkd_fast.models.nac.regularizers import SignatureHingeRepulsion, StochasticBlockModelRegularization
+from m2mkd_fast.modules.state import load_strict
 
 NO_CIRCUIT = ("nac_sampled_affinity*", "nac_regularizers*")
 
@@ -16,7 +18,7 @@ NO_CIRCUIT = ("nac_sampled_affinity*", "nac_regularizers*")
 def load_circuit(metadata, tensors) -> NeuralAttentiveCircuit:
     circuit = NeuralAttentiveCircuit.from_config(metadata["config"], fit_signatures=False).double().eval()
     state = {key.removeprefix("state/"): value for key, value in tensors.items() if key.startswith("state/")}
-    circuit.load_state_dict(state, strict=True)
+    load_strict(circuit, state, "the golden file")  # also finds two values for one shared weight
     return circuit
 
 
@@ -46,6 +48,15 @@ def check_circuit(path: Path, read_golden, assert_golden) -> None:
 @pytest.mark.golden_case("nac_*.safetensors", exclude=NO_CIRCUIT)
 def test_golden_circuit(golden_case, read_golden, assert_golden) -> None:
     check_circuit(golden_case, read_golden, assert_golden)
+
+
+@pytest.mark.golden_case("nac_shared_weights_*.safetensors")
+def test_golden_circuit_check_notices_a_shared_weight_with_two_values(
+    golden_case, altered_golden, read_golden, assert_golden
+) -> None:
+    name = "latent_graphs.0.propagators.0.latent_attention.query_compiler.scale_gain"
+    with pytest.raises(M2MKDError, match="contradictory .*query_compiler.scale_gain"):
+        check_circuit(altered_golden(golden_case, f"state/{name}"), read_golden, assert_golden)
 
 
 @pytest.mark.golden_case("nac_*.safetensors", exclude=NO_CIRCUIT)
