@@ -17,7 +17,7 @@ m2mkd.teach_meta(meta, parts, images["train"], steps=300)
 student = m2mkd.create_model("vmoe_micro.m2mkd", depth=4)
 modules = m2mkd.student_modules(student, 4, parts.widths)
 for slot, module in enumerate(modules):
-    m2mkd.teach_module(module, slot, parts, meta, images["train"], steps=400)
+    m2mkd.teach_module(module, slot, parts, meta, images["train"], steps=400, learning_rate=6e-3)
 
 model = m2mkd.assemble(modules, stitches="kept").model
 print(f"put together, untrained as a whole: {m2mkd.evaluate_accuracy(model, images['test']):.1f} %")
