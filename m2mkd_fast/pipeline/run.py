@@ -7,9 +7,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,26 @@ def run(
         _check_same_configuration(config, folder)
         with _threads(threads):
             steps = plan(config, preflight(bench))
-            wanted = closure(steps, [step for step in steps if only is None or only(step)])
+            wanted = closure(steps, _chosen(steps, only))
             _check_same_data(bench)
             _check_provenance(bench, steps)
             _open_run_folder(bench, command)
             with ProgressDisplay() as display:
-                runner = _InProcess(bench, display) if jobs == 1 else _Workers(config, jobs, threads, display)
-                with runner:
+                alone = jobs == 1
+                workers = nullcontext(_InProcess(bench, display)) if alone else _Workers(config, jobs, threads, display)
+                with workers as runner:
                     _schedule(bench, wanted, runner, jobs, display)
     return folder
+
+
+def _chosen(steps: list[Step], only: Callable[[Step], bool] | None) -> list[Step]:
+    chosen = [step for step in steps if only is None or only(step)]
+    if not chosen:
+        raise M2MKDError(
+            f"none of this configuration's steps was asked for; it has {', '.join(step.name for step in steps)} "
+            "(arms=[...] and the number of modules decide which)"
+        )
+    return chosen
 
 
 def _schedule(bench: Workbench, steps: list[Step], runner: Any, jobs: int, display: ProgressDisplay) -> None:
@@ -109,12 +121,6 @@ class _InProcess:
 
     def __init__(self, bench: Workbench, display: ProgressDisplay) -> None:
         self.bench, self.display = bench, display
-
-    def __enter__(self) -> _InProcess:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Nothing is held."""
 
     def submit(self, step: Step) -> Future:
         future: Future = Future()
@@ -174,15 +180,14 @@ def _work(step: Step) -> dict[str, Any]:
     return run_step(bench, step, progress)
 
 
-class _threads:
-    def __init__(self, count: int) -> None:
-        self.count, self.before = count, torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        torch.set_num_threads(self.count)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self.before)
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_same_configuration(config: RunConfig, folder: Path) -> None:

@@ -80,7 +80,7 @@ class Workbench:
         circuit = hasattr(model, "module_key")
         tokens = self.config.student.tokens
         if tokens == "teacher":
-            tokens = teacher.tokens[0] or 1
+            tokens = next(iter(teacher.tokens), None) or 1  # a teacher of one module has no cut
         torch.manual_seed(self.seed("stitches"))
         return student_modules(model, None if circuit else self.config.student.parts, teacher.widths, tokens=tokens)
 

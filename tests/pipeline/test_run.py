@@ -212,6 +212,17 @@ def test_only_wanted_steps_and_what_they_need():
     assert [step.name for step in closure(steps, [step for step in steps if step.arm == "scratch"])] == ["scratch/e2e"]
 
 
+def test_asking_for_no_step_is_an_error(tmp_path):
+    with pytest.raises(M2MKDError, match="none of this configuration's steps was asked for; it has .*m2mkd/pair2"):
+        run(config_of(tmp_path), only=lambda step: step.slot == 9)
+    assert not (tmp_path / "steps").exists()
+
+
+def test_a_teacher_of_one_module_is_one_pair(tmp_path):
+    run(config_of(tmp_path, arms=["m2mkd"], teacher__parts=1, student__parts=1))
+    assert set(outcome(tmp_path)) == {"teacher", "meta", "hybrids", "m2mkd/pair0", "m2mkd/e2e"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
