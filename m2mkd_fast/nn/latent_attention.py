@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.nn.evaluation_cache import CachesInEvaluation, EvaluationCache
 from m2mkd_fast.nn.latent_kernel import DotProductKernel
 from m2mkd_fast.nn.modulated_linear import modulated_linear, normalize_and_project
 from m2mkd_fast.nn.options import build
 from m2mkd_fast.nn.residual import DropPath, LayerScale
+from m2mkd_fast.ops.latent_affinity import signature_distance
 from m2mkd_fast.ops.latent_attention import latent_attention
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(CachesInEvaluation):
     """Kernel-modulated attention: receivers ask, senders answer, a kernel on their signatures weighs who hears whom.
 
     Args:
@@ -73,6 +77,7 @@ class LatentAttention(nn.Module):
         self.kernel = None if kernel_type is None else build(DotProductKernel, "kernel_kwargs", kernel_kwargs)
         self.receiver_layernorm = nn.LayerNorm(state_dim)
         self.sender_layernorm = None if share_layernorm else nn.LayerNorm(state_dim)
+        self._distance_cache, self._affinity_cache = EvaluationCache(), EvaluationCache()
         inner_dim = num_heads * head_dim
         self.query_compiler = modulated_linear(state_dim, inner_dim, code_dim, mod_fc_kwargs, bias=qkv_bias)
         self.key_compiler = modulated_linear(state_dim, inner_dim, code_dim, mod_fc_kwargs, bias=qkv_bias)
@@ -89,6 +94,7 @@ class LatentAttention(nn.Module):
         sender_states: Tensor,
         sender_codes: Tensor,
         sender_signatures: Tensor | None,
+        distance: Tensor | None = None,
     ) -> Tensor:
         """New receiver states.
 
@@ -99,6 +105,8 @@ class LatentAttention(nn.Module):
             sender_states: ``[B, V, state_dim]``.
             sender_codes: ``[V or 1, code_dim]``.
             sender_signatures: ``[V, S]``.
+            distance: ``[U, V]``, the :func:`~m2mkd_fast.ops.latent_affinity.signature_distance` of the signatures, where
+                the caller has it already: it is the same for all layers between the same latents.
         """
         sender_norm = self.receiver_layernorm if self.sender_layernorm is None else self.sender_layernorm
         (query,) = normalize_and_project(
@@ -110,7 +118,11 @@ class LatentAttention(nn.Module):
         query, key, value = (
             tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for tensor in (query, key, value)
         )
-        log_affinity = self._log_affinity(receiver_signatures, sender_signatures, receiver_states.shape[0])
+        log_affinity = None
+        if self.kernel is not None:
+            if distance is None:
+                distance = self._distance(receiver_signatures, sender_signatures)
+            log_affinity = self._log_affinity(distance, receiver_states.shape[0])
         messages = latent_attention(
             query,
             key,
@@ -121,15 +133,31 @@ class LatentAttention(nn.Module):
         messages = self.layer_scale(self.exit_layer(messages.transpose(1, 2).flatten(-2), receiver_codes))
         return receiver_states + self.drop_path(messages) if self.include_residual else messages
 
-    def _log_affinity(
-        self, receiver_signatures: Tensor | None, sender_signatures: Tensor | None, batch_size: int
-    ) -> Tensor | None:
-        if self.kernel is None:
-            return None
+    def _log_affinity(self, distance: Tensor, batch_size: int) -> Tensor:
+        """Once for all images while no edge is sampled, and then remembered in evaluation."""
+        normalize = self.normalize_kernel and self.scale_weights
+        if self.kernel.samples:
+            return self.kernel(distance, batch_size, normalize=normalize)
+        return self._affinity_cache.get(
+            [distance, self.kernel.bandwidth], lambda: self.kernel(distance, batch_size, normalize=normalize)
+        )
+
+    def _distance(self, receiver_signatures: Tensor | None, sender_signatures: Tensor | None) -> Tensor:
         if receiver_signatures is None or sender_signatures is None:
             raise M2MKDError(
                 "this layer weighs messages by a kernel on signatures, but was called without them; pass "
                 "receiver_signatures and sender_signatures, or build it with kernel_type=None"
             )
-        normalize = self.normalize_kernel and self.scale_weights
-        return self.kernel(receiver_signatures, sender_signatures, batch_size, normalize=normalize)
+        return self._distance_cache.get(
+            [receiver_signatures, sender_signatures], lambda: signature_distance(receiver_signatures, sender_signatures)
+        )
+
+    def receivers_without_sender(self, receiver_signatures: Tensor, sender_signatures: Tensor) -> Tensor:
+        """How many receivers, a scalar, are farther from every sender than the kernel's truncation.
+
+        Such a receiver gets a message of zeros. It happens after senders were removed, and to signatures of zero.
+        """
+        if self.kernel is None:
+            return torch.zeros((), dtype=torch.int64, device=receiver_signatures.device)
+        log_affinity = self.kernel.unsampled(self._distance(receiver_signatures, sender_signatures))
+        return (log_affinity == -math.inf).all(dim=-1).sum()

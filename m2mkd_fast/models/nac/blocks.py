@@ -198,10 +198,13 @@ class Propagator(nn.Module):
         sender_states: Tensor,
         sender_codes: Tensor,
         sender_signatures: Tensor | None,
+        distance: Tensor | None = None,
     ) -> Tensor:
         """New states of the receivers; shapes as in :meth:`LatentAttention.forward`."""
         codes, sender_codes = self.code_noise(codes), self.code_noise(sender_codes)
-        states = self.latent_attention(states, codes, signatures, sender_states, sender_codes, sender_signatures)
+        states = self.latent_attention(
+            states, codes, signatures, sender_states, sender_codes, sender_signatures, distance
+        )
         return self.ffn(states, codes)
 
 
@@ -271,9 +274,10 @@ class ReadOut(Propagator):
         sender_states: Tensor,
         sender_codes: Tensor,
         sender_signatures: Tensor | None,
+        distance: Tensor | None = None,
     ) -> Tensor:
         """``[B, U, state_dim]``, or ``[B, U, output_dim]`` with a head, which uses the codes without noise."""
-        states = super().forward(states, codes, signatures, sender_states, sender_codes, sender_signatures)
+        states = super().forward(states, codes, signatures, sender_states, sender_codes, sender_signatures, distance)
         if self.head is None:
             return states
         norm, linear = self.head

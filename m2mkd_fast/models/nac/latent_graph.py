@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.models.nac.blocks import READ_INS, Options, Propagator, ReadOut
 from m2mkd_fast.models.nac.latents import Latents, LatentSeeder
+from m2mkd_fast.nn.evaluation_cache import CachesInEvaluation, EvaluationCache
 from m2mkd_fast.nn.options import build
+from m2mkd_fast.ops.latent_affinity import signature_distance
 
 
 class LatentStates(NamedTuple):
@@ -21,7 +23,7 @@ class LatentStates(NamedTuple):
     output_states: Tensor
 
 
-class LatentGraph(nn.Module):
+class LatentGraph(CachesInEvaluation):
     """Input latents read the tokens, mediator latents exchange messages, output latents collect the result.
 
     Args:
@@ -107,6 +109,7 @@ class LatentGraph(nn.Module):
             raise M2MKDError(f"num_iterations must be 1 or more, got {num_iterations}")
         if read_in_cls not in READ_INS:
             raise UnknownNameError("read_in_cls", read_in_cls, READ_INS)
+        self._distance_cache, self._code_cache = EvaluationCache(), EvaluationCache()
         self.inputs_send_to_outputs = enable_input_output_communication
         self.inputs_always_send = enable_persistent_input_mediator_communication
 
@@ -173,33 +176,52 @@ class LatentGraph(nn.Module):
         output_states = self._initial_states(self.output_latents, batch_size)
 
         input_states = self.read_in(input_states, self.input_latents.codes(), inputs)
+        signatures, num_inputs = self.mediator_latents.signatures, self.input_latents.num_latents
+        all_signatures, distance = self._distance_to_mediators()
+        all_codes = self._codes_of_senders()
         for depth, propagator in enumerate(self.propagators):
+            first = 0 if depth == 0 or self.inputs_always_send else num_inputs
             mediator_states = propagator(
                 mediator_states,
                 self.mediator_latents.codes(depth),
-                self.mediator_latents.signatures,
-                *self._senders(input_states, mediator_states, depth, depth == 0 or self.inputs_always_send),
+                signatures,
+                mediator_states if first else torch.cat([input_states, mediator_states], dim=1),
+                all_codes[depth][first:],
+                all_signatures[first:],
+                distance[:, first:],
             )
+        first = 0 if self.inputs_send_to_outputs else num_inputs
         output_states = self.read_out(
             output_states,
             self.output_latents.codes(),
             self.output_latents.signatures,
-            *self._senders(input_states, mediator_states, -1, self.inputs_send_to_outputs),
+            mediator_states if first else torch.cat([input_states, mediator_states], dim=1),
+            all_codes[-1][first:],
+            all_signatures[first:],
         )
         return LatentStates(input_states, mediator_states, output_states)
 
-    def _senders(
-        self, input_states: Tensor, mediator_states: Tensor, depth: int, with_inputs: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """States, codes and signatures of the mediators at a depth, after those of the input latents."""
-        codes, signatures = self.mediator_latents.codes(depth), self.mediator_latents.signatures
-        if not with_inputs:
-            return mediator_states, codes, signatures
-        return (
-            torch.cat([input_states, mediator_states], dim=1),
-            torch.cat([self.input_latents.codes(), codes]),
-            torch.cat([self.input_latents.signatures, signatures]),
-        )
+    def _distance_to_mediators(self) -> tuple[Tensor, Tensor]:
+        """Signatures of input latents and mediators, ``[V, S]``, and their distance from the mediators, ``[U, V]``."""
+        mediators = self.mediator_latents.signatures
+        sources = [self.input_latents.signatures, mediators]
+
+        def compute() -> tuple[Tensor, Tensor]:
+            senders = torch.cat(sources)
+            return senders, signature_distance(mediators, senders)
+
+        return self._distance_cache.get(sources, compute)
+
+    def _codes_of_senders(self) -> list[Tensor]:
+        """Codes of input latents and mediators, ``[V, C]``, at every depth."""
+        inputs, mediators = self.input_latents.codes(), self.mediator_latents
+
+        def compute() -> list[Tensor]:
+            if mediators.codes_.dim() == 2:
+                return [torch.cat([inputs, mediators.codes()])] * len(self.propagators)
+            return [torch.cat([inputs, codes]) for codes in mediators.codes_]
+
+        return self._code_cache.get([inputs, mediators.codes_], compute)
 
     def _initial_states(self, latents: Latents, batch_size: int) -> Tensor:
         if self.latent_seeder is None:
