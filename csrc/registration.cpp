@@ -10,6 +10,12 @@
 
 STABLE_TORCH_LIBRARY(m2mkd_fast, m) {
   m.def(
+      "_latent_affinity_forward(Tensor distance, Tensor bandwidth, float? truncation, bool masked, SymInt? samples,"
+      " Tensor? seed, Tensor? uniform, float temperature, float? threshold, bool leaky) -> Tensor");
+  m.def(
+      "_latent_affinity_backward(Tensor grad, Tensor distance, Tensor bandwidth, float? truncation, bool masked,"
+      " Tensor? seed, Tensor? uniform, float temperature) -> (Tensor grad_distance, Tensor grad_bandwidth)");
+  m.def(
       "_route_forward(Tensor scores, int top_k, str gate, int? capacity, bool batch_priority)"
       " -> (Tensor token, Tensor expert, Tensor weight, Tensor offsets, Tensor place, Tensor gates)");
   m.def(
