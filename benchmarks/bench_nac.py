@@ -1,6 +1,6 @@
 """Whole Neural Attentive Circuits: inference and training steps on the operators' kernels, against plain PyTorch.
 
-The baseline is the same model on the plain reference of every operator, which computes what the published code computes:
+The baseline is the same model on the plain reference of every operator, which computes what the published code does:
 keys and values of every latent for every token, dense attention, scales of every layer at every call. On a GPU it runs
 eagerly and through ``torch.compile``.
 """

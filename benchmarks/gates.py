@@ -11,11 +11,11 @@ import json
 import statistics
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import tomllib
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -89,9 +89,8 @@ def graph_breaks(gates: Gates) -> None:
         for training in (True, False):
             torch._dynamo.reset()
             model.train(training)
-            explained = torch._dynamo.explain(model)(images)
-            phase = "training" if training else "evaluation"
-            gates.note(explained.graph_break_count == 0, f"{name} in {phase}: {explained.graph_break_count} graph breaks")
+            breaks = torch._dynamo.explain(model)(images).graph_break_count
+            gates.note(breaks == 0, f"{name} in {'training' if training else 'evaluation'}: {breaks} graph breaks")
 
 
 def waits(gates: Gates) -> None:

@@ -105,8 +105,8 @@ class LatentAttention(CachesInEvaluation):
             sender_states: ``[B, V, state_dim]``.
             sender_codes: ``[V or 1, code_dim]``.
             sender_signatures: ``[V, S]``.
-            distance: ``[U, V]``, the :func:`~m2mkd_fast.ops.latent_affinity.signature_distance` of the signatures, where
-                the caller has it already: it is the same for all layers between the same latents.
+            distance: ``[U, V]``, the signatures' :func:`~m2mkd_fast.ops.latent_affinity.signature_distance`, where the
+                caller has it already: it is the same for all layers between the same latents.
         """
         sender_norm = self.receiver_layernorm if self.sender_layernorm is None else self.sender_layernorm
         (query,) = normalize_and_project(

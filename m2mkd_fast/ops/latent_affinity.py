@@ -283,9 +283,7 @@ class _LatentAffinity(torch.autograd.Function):
                 distance, bandwidth, truncation, masked, ctx.samples, seed, uniform, ctx.temperature, None, ctx.leaky
             )
             needed = [
-                tensor
-                for tensor, need in zip((distance, bandwidth), ctx.needs_input_grad[1:3], strict=True)
-                if need
+                tensor for tensor, need in zip((distance, bandwidth), ctx.needs_input_grad[1:3], strict=True) if need
             ]
             found = iter(torch.autograd.grad(log_affinity, needed, grad, create_graph=True))
             gradients = tuple(next(found) if need else None for need in ctx.needs_input_grad[1:3])
@@ -322,9 +320,7 @@ def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
     return kernels.backward(*args)
 
 
-def _forward_fake(
-    distance, bandwidth, truncation, masked, samples, seed, uniform, temperature, threshold, leaky
-):
+def _forward_fake(distance, bandwidth, truncation, masked, samples, seed, uniform, temperature, threshold, leaky):
     return distance.new_empty(distance.shape if samples is None else (samples, *distance.shape))
 
 
