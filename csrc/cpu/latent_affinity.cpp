@@ -34,31 +34,36 @@ using torch::stable::Tensor;
 struct AffinityProblem {
   int64_t receivers, senders;
   int64_t samples;  // 0 samples are possible, too
-  bool sampled;
-  bool leaky;
+  bool sampled, leaky;
   double temperature;
-  std::optional<double> truncation, threshold;
-  bool masked;  // an edge at the truncation is cut as well
-  std::optional<int64_t> seed;
+  double truncation;  // of all kept distances the largest; infinity where none is cut
+  std::optional<double> threshold;
+  std::optional<uint64_t> seed;
 };
 
 // What probabilities and noise are clamped to.
 template <typename scalar_t>
 struct Limits {
   static constexpr scalar_t eps = std::numeric_limits<scalar_t>::epsilon();
-  const scalar_t nearest = -std::log1p(-eps), farthest = -std::log(eps);  // scaled distances
-  const scalar_t lowest = std::log(std::numeric_limits<scalar_t>::min()), highest = std::log1p(-eps);
+  static constexpr scalar_t infinity = std::numeric_limits<scalar_t>::infinity();
+  scalar_t nearest = -std::log1p(-eps), farthest = -std::log(eps);  // scaled distances
+  scalar_t lowest = std::log(std::numeric_limits<scalar_t>::min()), highest = std::log1p(-eps);  // log weights
 };
 
-// The two functions of r^(1/T), for T = 1/2, T = 1 and any T.
+template <typename scalar_t>
+scalar_t clamped(scalar_t x, scalar_t low, scalar_t high) {  // keeps NaN
+  return x < low ? low : x > high ? high : x;
+}
+
+// log w and 1 - w for T = 1/2, T = 1 and any T.
 template <typename scalar_t>
 struct HalfTemperature {
   explicit HalfTemperature(double) {}
-  static scalar_t log_weight(scalar_t odds, scalar_t u) {
+  scalar_t log_weight(scalar_t odds, scalar_t u) const {
     const scalar_t r = odds * (1 - u) / u;
     return -log1p_of_nonnegative(r * r);
   }
-  static scalar_t complement(scalar_t odds, scalar_t u) {
+  scalar_t complement(scalar_t odds, scalar_t u) const {
     const scalar_t a = odds * (1 - u);
     return a * a / (a * a + u * u);
   }
@@ -67,10 +72,10 @@ struct HalfTemperature {
 template <typename scalar_t>
 struct TemperatureOne {
   explicit TemperatureOne(double) {}
-  static scalar_t log_weight(scalar_t odds, scalar_t u) {
+  scalar_t log_weight(scalar_t odds, scalar_t u) const {
     return -log1p_of_nonnegative(odds * (1 - u) / u);
   }
-  static scalar_t complement(scalar_t odds, scalar_t u) {
+  scalar_t complement(scalar_t odds, scalar_t u) const {
     const scalar_t a = odds * (1 - u);
     return a / (a + u);
   }
@@ -78,23 +83,103 @@ struct TemperatureOne {
 
 template <typename scalar_t>
 struct AnyTemperature {
-  const scalar_t inverse;
-  const scalar_t largest = -Limits<scalar_t>().lowest;  // beyond it log w is clamped
+  scalar_t inverse;
+  scalar_t largest = -Limits<scalar_t>().lowest;  // beyond it log w is clamped
   explicit AnyTemperature(double temperature) : inverse(static_cast<scalar_t>(1 / temperature)) {}
   scalar_t exponent(scalar_t odds, scalar_t u) const {
-    return log_of_positive(odds * (1 - u) / u) * inverse;
+    return log_of_positive(odds * (1 - u) / u) * inverse + (odds - odds);  // keeps NaN
   }
   scalar_t log_weight(scalar_t odds, scalar_t u) const {
     const scalar_t x = exponent(odds, u), size = x < 0 ? -x : x;
-    return -((x > 0 ? x : 0) + log1p_of_nonnegative(exp_of_nonpositive(-size))) + (odds - odds);  // keeps NaN
+    return -((x < 0 ? 0 : x) + log1p_of_nonnegative(exp_of_nonpositive(-size)));
   }
   scalar_t complement(scalar_t odds, scalar_t u) const {
     const scalar_t x = exponent(odds, u), size = x < 0 ? -x : x;
     const scalar_t small = exp_of_nonpositive(-size);
-    const scalar_t value = (x > 0 ? 1 : small) / (1 + small);
-    return x > largest ? 0 : value + (odds - odds);
+    const scalar_t value = (x < 0 ? small : 1) / (1 + small);
+    return x > largest ? 0 : value;
   }
 };
+
+// Loops that compilers vectorise: every pointer is to memory of its own, and every other number a copy.
+
+template <typename scalar_t>
+void scale(
+    const scalar_t* __restrict distance, int64_t count, scalar_t truncation, scalar_t bandwidth,
+    scalar_t* __restrict scaled) {
+  for (int64_t i = 0; i < count; ++i) {
+    scaled[i] = distance[i] > truncation ? Limits<scalar_t>::infinity : distance[i] / bandwidth;
+  }
+}
+
+template <typename scalar_t>
+void odds_of(const scalar_t* __restrict scaled, int64_t count, Limits<scalar_t> limits, scalar_t* __restrict odds) {
+  for (int64_t i = 0; i < count; ++i) {
+    odds[i] = expm1_of_small(clamped(scaled[i], limits.nearest, limits.farthest));
+  }
+}
+
+template <typename scalar_t>
+void uniform_of(const uint32_t* __restrict words, int64_t count, scalar_t* __restrict noise) {
+  for (int64_t i = 0; i < count; ++i) {
+    noise[i] = static_cast<scalar_t>(static_cast<int32_t>(words[i] >> 8)) * scalar_t(0x1p-24) + scalar_t(0x1p-25);
+  }
+}
+
+template <typename value_t>
+void gather(
+    const value_t* __restrict from, const int32_t* __restrict place, int64_t count, value_t* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = from[place[i]];
+  }
+}
+
+// A row with values in some places, and one other value elsewhere.
+template <typename scalar_t>
+void scatter(
+    const scalar_t* __restrict from, const int32_t* __restrict place, int64_t count, scalar_t elsewhere,
+    int64_t senders, scalar_t* __restrict to) {
+  for (int64_t i = 0; i < senders; ++i) {
+    to[i] = elsewhere;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    to[place[i]] = from[i];
+  }
+}
+
+template <typename scalar_t, typename Temperature>
+void log_weights(
+    const scalar_t* __restrict odds, const scalar_t* __restrict noise, int64_t count, Temperature temperature,
+    Limits<scalar_t> limits, scalar_t* __restrict values) {
+  for (int64_t i = 0; i < count; ++i) {
+    const scalar_t u = clamped(noise[i], limits.eps, 1 - limits.eps);
+    values[i] = clamped(temperature.log_weight(odds[i], u), limits.lowest, limits.highest);
+  }
+}
+
+// sums += gradient (1 - w), where log w was not clamped.
+template <typename scalar_t, typename Temperature>
+void add_complements(
+    const scalar_t* __restrict odds, const scalar_t* __restrict noise, const scalar_t* __restrict grad, int64_t count,
+    Temperature temperature, Limits<scalar_t> limits, scalar_t* __restrict sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    const scalar_t u = clamped(noise[i], limits.eps, 1 - limits.eps);
+    const scalar_t complement = temperature.complement(odds[i], u);
+    sums[i] += complement < limits.eps ? scalar_t(0) : grad[i] * complement;
+  }
+}
+
+// From sums to gradients of the scaled distance, up to the sign: zero where p was clamped, otherwise 1 / (T (1-p)) of
+// the sum, with 1 / (1-p) = 1 + p/(1-p).
+template <typename scalar_t>
+void finish_sums(
+    const scalar_t* __restrict scaled, const scalar_t* __restrict odds, int64_t count, scalar_t inverse_temperature,
+    Limits<scalar_t> limits, scalar_t* __restrict sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    const bool outside = scaled[i] < limits.nearest || scaled[i] > limits.farthest;
+    sums[i] = outside ? scalar_t(0) : sums[i] * (1 + 1 / odds[i]) * inverse_temperature;
+  }
+}
 
 // The senders that one receiver keeps, and their noise.
 template <typename scalar_t>
@@ -103,68 +188,71 @@ class Row {
   Row(const AffinityProblem& problem, scalar_t bandwidth)
       : problem_(problem),
         bandwidth_(bandwidth),
+        truncation_(static_cast<scalar_t>(problem.truncation)),
         sender_(problem.senders),
         place_(problem.senders),
-        group_(problem.senders + 1),
+        group_(problem.senders / 4 + 2),
+        kept_(problem.senders),
         scaled_(problem.senders),
         odds_(problem.senders),
         noise_(problem.senders),
-        words_(4 * (problem.senders + 1)) {}
+        chosen_(problem.senders),
+        words_(4 * group_.size()) {}
 
   int64_t size() const { return size_; }
   bool is_full() const { return size_ == problem_.senders; }
   const int32_t* sender() const { return sender_.data(); }
-  // (1-p)/p of each kept sender, p clamped.
-  const scalar_t* odds() const { return odds_.data(); }
-  // d / bandwidth of each kept sender, not clamped.
+  // d / bandwidth of each kept sender; infinity where it is kept though it is cut.
   const scalar_t* scaled() const { return scaled_.data(); }
+  // (1-p)/p of each kept sender, p clamped; after make_odds().
+  const scalar_t* odds() const { return odds_.data(); }
 
   // Lists what is kept of a row of distances.
   void keep(const scalar_t* distance, bool leaky) {
-    const scalar_t infinity = std::numeric_limits<scalar_t>::infinity();
-    size_ = 0;
-    for (int64_t v = 0; v < problem_.senders; ++v) {
-      const bool cut = is_cut(distance[v]);
-      sender_[size_] = static_cast<int32_t>(v);
-      scaled_[size_] = cut ? infinity : distance[v] / bandwidth_;
-      size_ += leaky || !cut;
+    int32_t* const sender = sender_.data();
+    scalar_t* const kept = kept_.data();
+    const scalar_t truncation = truncation_;
+    const int64_t senders = problem_.senders;
+    int64_t size = 0;
+    for (int64_t v = 0; v < senders; ++v) {
+      sender[size] = static_cast<int32_t>(v);
+      kept[size] = distance[v];
+      size += leaky || !(distance[v] > truncation);
     }
-    for (int64_t j = 0; j < size_; ++j) {
-      const scalar_t x = scaled_[j];
-      odds_[j] = expm1_of_small(x < limits_.nearest ? limits_.nearest : x > limits_.farthest ? limits_.farthest : x);
-    }
+    scale(kept, size, truncation, bandwidth_, scaled_.data());
+    size_ = size;
     phase_ = -1;
   }
 
-  bool is_cut(scalar_t distance) const {
-    if (!problem_.truncation.has_value()) {
-      return false;
+  void make_odds() { odds_of(scaled_.data(), size_, Limits<scalar_t>(), odds_.data()); }
+
+  // What a row [senders] holds for the kept ones, contiguous.
+  const scalar_t* of_kept(const scalar_t* row) {
+    if (is_full()) {
+      return row;
     }
-    const scalar_t truncation = static_cast<scalar_t>(*problem_.truncation);
-    return problem_.masked ? distance >= truncation : distance > truncation;
+    gather(row, sender_.data(), size_, kept_.data());
+    return kept_.data();
   }
 
-  // Noise of the kept senders, where `edge` is the number of the row's first edge. Given noise is a row of its own.
-  const scalar_t* noise(const scalar_t* given, int64_t edge) {
-    const scalar_t eps = Limits<scalar_t>::eps;
-    if (given != nullptr) {
-      for (int64_t j = 0; j < size_; ++j) {
-        noise_[j] = given[sender_[j]];
+  // Noise of the kept senders; `edge` is the number of the row's first edge, `uniform` the caller's noise or null.
+  const scalar_t* noise(const scalar_t* uniform, int64_t edge) {
+    if (uniform == nullptr) {
+      const int64_t phase = edge % 4;
+      find_groups(phase);
+      philox4x32(*problem_.seed, edge / 4, group_.data(), groups_, words_.data());
+      const uint32_t* words = words_.data() + phase;
+      if (!is_full()) {
+        gather(words_.data(), place_.data(), size_, chosen_.data());
+        words = chosen_.data();
       }
-    } else {
-      find_groups(edge % 4);
-      const int64_t stride = group_.size();
-      uint32_t* const words[4] = {&words_[0], &words_[stride], &words_[2 * stride], &words_[3 * stride]};
-      philox4x32(static_cast<uint64_t>(*problem_.seed), edge / 4, group_.data(), groups_, words);
-      for (int64_t j = 0; j < size_; ++j) {
-        const int32_t bits = static_cast<int32_t>(words_[place_[j]] >> 8);
-        noise_[j] = static_cast<scalar_t>(bits) * scalar_t(0x1p-24) + scalar_t(0x1p-25);
-      }
+      uniform_of(words, size_, noise_.data());
+      return noise_.data();
     }
-    for (int64_t j = 0; j < size_; ++j) {
-      const scalar_t u = noise_[j];
-      noise_[j] = u < eps ? eps : u > 1 - eps ? 1 - eps : u;
+    if (is_full()) {
+      return uniform + edge;
     }
+    gather(uniform + edge, sender_.data(), size_, noise_.data());
     return noise_.data();
   }
 
@@ -176,28 +264,28 @@ class Row {
       return;
     }
     phase_ = phase;
-    const int32_t stride = static_cast<int32_t>(group_.size());
+    int32_t* const group = group_.data();
+    int32_t* const place = place_.data();
+    const int32_t* const sender = sender_.data();
     int32_t last = -1;
-    groups_ = 0;
     for (int64_t j = 0; j < size_; ++j) {
-      const int32_t edge = sender_[j] + static_cast<int32_t>(phase), group = edge / 4;
-      group_[groups_] = group;
-      groups_ += group != last;
-      last = group;
-      place_[j] = edge % 4 * stride + static_cast<int32_t>(groups_) - 1;
+      const int32_t edge = sender[j] + static_cast<int32_t>(phase);
+      last += last < 0 || edge / 4 != group[last];
+      group[last] = edge / 4;
+      place[j] = 4 * last + edge % 4;
     }
+    groups_ = last + 1;
   }
 
   const AffinityProblem& problem_;
-  const scalar_t bandwidth_;
-  const Limits<scalar_t> limits_;
+  const scalar_t bandwidth_, truncation_;
   int64_t size_ = 0, groups_ = 0, phase_ = -1;
   std::vector<int32_t> sender_, place_, group_;
-  std::vector<scalar_t> scaled_, odds_, noise_;
-  std::vector<uint32_t> words_;
+  std::vector<scalar_t> kept_, scaled_, odds_, noise_;
+  std::vector<uint32_t> chosen_, words_;
 };
 
-// Calls run(begin, end) for parts of the receivers in several threads, compiled for the best instructions at hand.
+// Calls run(begin, end) for parts of the receivers, in several threads.
 template <typename Run>
 void for_receivers(const AffinityProblem& p, const Run& run) {
   const int64_t cost = p.senders * (1 + 8 * p.samples);
@@ -206,17 +294,32 @@ void for_receivers(const AffinityProblem& p, const Run& run) {
 }
 
 template <typename scalar_t>
+void log_probabilities(
+    const scalar_t* __restrict distance, int64_t count, scalar_t truncation, scalar_t bandwidth,
+    scalar_t* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = distance[i] > truncation ? -Limits<scalar_t>::infinity : -distance[i] / bandwidth;
+  }
+}
+
+template <typename scalar_t>
+void binary_edges(int64_t count, scalar_t lowest, scalar_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = out[i] < lowest ? -Limits<scalar_t>::infinity : 0 * out[i];  // keeps NaN
+  }
+}
+
+template <typename scalar_t>
 void plain_forward(const AffinityProblem& p, const scalar_t* distance, scalar_t bandwidth, scalar_t* out) {
-  const scalar_t infinity = std::numeric_limits<scalar_t>::infinity();
-  const scalar_t truncation = static_cast<scalar_t>(p.truncation.value_or(infinity));
-  const bool cuts = p.truncation.has_value(), binary = p.threshold.has_value();
-  const scalar_t lowest = binary ? static_cast<scalar_t>(std::log(*p.threshold)) : scalar_t(0);
   for_receivers(p, [&](int64_t begin, int64_t end) {
     with_best_instructions([&] {
-      for (int64_t i = begin * p.senders; i < end * p.senders; ++i) {
-        const scalar_t d = distance[i], k = -d / bandwidth;
-        const bool cut = cuts && (p.masked ? d >= truncation : d > truncation);
-        out[i] = cut || (binary && k < lowest) ? -infinity : binary ? 0 * k : k;
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t first = u * p.senders;
+        log_probabilities(
+            distance + first, p.senders, static_cast<scalar_t>(p.truncation), bandwidth, out + first);
+        if (p.threshold.has_value()) {
+          binary_edges(p.senders, static_cast<scalar_t>(std::log(*p.threshold)), out + first);
+        }
       }
     });
   });
@@ -233,21 +336,14 @@ void sampled_forward(
     with_best_instructions([&] {
       for (int64_t u = begin; u < end; ++u) {
         row.keep(distance + u * p.senders, p.leaky);
-        const int32_t* sender = row.sender();
-        const scalar_t* odds = row.odds();
+        row.make_odds();
         for (int64_t b = 0; b < p.samples; ++b) {
           const int64_t edge = (b * p.receivers + u) * p.senders;
-          const scalar_t* noise = row.noise(uniform == nullptr ? nullptr : uniform + edge, edge);
-          scalar_t* values = row.is_full() ? out + edge : buffer.data();
-          for (int64_t j = 0; j < row.size(); ++j) {
-            const scalar_t value = temperature.log_weight(odds[j], noise[j]);
-            values[j] = value < limits.lowest ? limits.lowest : value > limits.highest ? limits.highest : value;
-          }
+          scalar_t* const to = out + edge;
+          scalar_t* const values = row.is_full() ? to : buffer.data();
+          log_weights(row.odds(), row.noise(uniform, edge), row.size(), temperature, limits, values);
           if (!row.is_full()) {
-            std::fill(out + edge, out + edge + p.senders, -std::numeric_limits<scalar_t>::infinity());
-            for (int64_t j = 0; j < row.size(); ++j) {
-              out[edge + sender[j]] = values[j];
-            }
+            scatter(values, row.sender(), row.size(), -limits.infinity, p.senders, to);
           }
         }
       }
@@ -277,15 +373,12 @@ void plain_backward(
     double* along_distance) {
   for_receivers(p, [&](int64_t begin, int64_t end) {
     Row<scalar_t> row(p, bandwidth);
-    std::vector<scalar_t> sums(p.senders);
     with_best_instructions([&] {
       for (int64_t u = begin; u < end; ++u) {
-        row.keep(distance + u * p.senders, false);
-        for (int64_t j = 0; j < row.size(); ++j) {
-          sums[j] = grad_out[u * p.senders + row.sender()[j]];
-        }
-        along_distance[u] =
-            finish_row(row, sums.data(), distance + u * p.senders, bandwidth, p.senders, grad + u * p.senders);
+        const int64_t first = u * p.senders;
+        row.keep(distance + first, false);
+        const scalar_t* sums = row.of_kept(grad_out + first);
+        along_distance[u] = finish_row(row, sums, distance + first, bandwidth, p.senders, grad + first);
       }
     });
   });
@@ -300,32 +393,21 @@ void sampled_backward(
   const scalar_t inverse_temperature = static_cast<scalar_t>(1 / p.temperature);
   for_receivers(p, [&](int64_t begin, int64_t end) {
     Row<scalar_t> row(p, bandwidth);
-    std::vector<scalar_t> sums(p.senders), gathered(p.senders);
+    std::vector<scalar_t> sums(p.senders);
     with_best_instructions([&] {
       for (int64_t u = begin; u < end; ++u) {
-        row.keep(distance + u * p.senders, false);  // a cut edge has no gradient, leaky or not
-        const int32_t* sender = row.sender();
-        const scalar_t* odds = row.odds();
-        std::fill(sums.begin(), sums.begin() + row.size(), scalar_t(0));
+        const int64_t first = u * p.senders;
+        row.keep(distance + first, false);  // a cut edge has no gradient, leaky or not
+        row.make_odds();
+        std::fill(sums.begin(), sums.end(), scalar_t(0));
         for (int64_t b = 0; b < p.samples; ++b) {
-          const int64_t edge = (b * p.receivers + u) * p.senders;
-          const scalar_t* noise = row.noise(uniform == nullptr ? nullptr : uniform + edge, edge);
-          for (int64_t j = 0; j < row.size(); ++j) {
-            gathered[j] = grad_out[edge + sender[j]];
-          }
-          for (int64_t j = 0; j < row.size(); ++j) {
-            const scalar_t complement = temperature.complement(odds[j], noise[j]);
-            sums[j] += complement < limits.eps ? scalar_t(0) : gathered[j] * complement;  // log w was clamped
-          }
+          const int64_t edge = b * p.receivers * p.senders + first;
+          const scalar_t* const noise = row.noise(uniform, edge);
+          add_complements(
+              row.odds(), noise, row.of_kept(grad_out + edge), row.size(), temperature, limits, sums.data());
         }
-        for (int64_t j = 0; j < row.size(); ++j) {
-          const scalar_t x = row.scaled()[j];
-          const bool clamped = x < limits.nearest || x > limits.farthest;
-          // 1 / (1-p) = 1 + p/(1-p)
-          sums[j] = clamped ? scalar_t(0) : sums[j] * (1 + 1 / odds[j]) * inverse_temperature;
-        }
-        along_distance[u] =
-            finish_row(row, sums.data(), distance + u * p.senders, bandwidth, p.senders, grad + u * p.senders);
+        finish_sums(row.scaled(), row.odds(), row.size(), inverse_temperature, limits, sums.data());
+        along_distance[u] = finish_row(row, sums.data(), distance + first, bandwidth, p.senders, grad + first);
       }
     });
   });
@@ -343,9 +425,20 @@ void with_temperature(double temperature, const Run& run) {
   }
 }
 
+// The number that no kept distance is above: the one before the truncation where that is cut, too.
+double largest_kept(const Tensor& distance, std::optional<double> truncation, bool masked) {
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  if (!truncation.has_value() || !masked) {
+    return truncation.value_or(infinity);
+  }
+  return distance.scalar_type() == ScalarType::Float
+      ? std::nextafter(static_cast<float>(*truncation), -std::numeric_limits<float>::infinity())
+      : std::nextafter(*truncation, -infinity);
+}
+
 AffinityProblem affinity_problem(
-    const Tensor& distance, const Tensor& bandwidth, const std::optional<Tensor>& seed,
-    const std::optional<Tensor>& uniform) {
+    const Tensor& distance, const Tensor& bandwidth, std::optional<double> truncation, bool masked,
+    const std::optional<Tensor>& seed, const std::optional<Tensor>& uniform, double temperature) {
   STD_TORCH_CHECK(distance.dim() == 2, "distance must be [receivers, senders]");
   STD_TORCH_CHECK(
       distance.scalar_type() == ScalarType::Float || distance.scalar_type() == ScalarType::Double,
@@ -355,6 +448,8 @@ AffinityProblem affinity_problem(
       "bandwidth must be one number of the dtype of distance");
   STD_TORCH_CHECK(!(seed.has_value() && uniform.has_value()), "noise must come from seed or uniform, not from both");
   AffinityProblem problem{};
+  problem.temperature = temperature;
+  problem.truncation = largest_kept(distance, truncation, masked);
   problem.receivers = distance.size(0);
   problem.senders = distance.size(1);
   STD_TORCH_CHECK(problem.senders < (int64_t(1) << 28), "too many senders");
@@ -362,7 +457,7 @@ AffinityProblem affinity_problem(
   if (seed.has_value()) {
     STD_TORCH_CHECK(
         seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, "seed must be one int64 number");
-    problem.seed = *seed->const_data_ptr<int64_t>();
+    problem.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
   }
   if (uniform.has_value()) {
     STD_TORCH_CHECK(
@@ -410,10 +505,7 @@ Tensor latent_affinity_forward(
     const Tensor& distance, const Tensor& bandwidth, std::optional<double> truncation, bool masked,
     std::optional<int64_t> samples, std::optional<Tensor> seed, std::optional<Tensor> uniform, double temperature,
     std::optional<double> threshold, bool leaky) {
-  AffinityProblem problem = affinity_problem(distance, bandwidth, seed, uniform);
-  problem.truncation = truncation;
-  problem.masked = masked;
-  problem.temperature = temperature;
+  AffinityProblem problem = affinity_problem(distance, bandwidth, truncation, masked, seed, uniform, temperature);
   problem.threshold = threshold;
   problem.leaky = leaky;
   if (seed.has_value()) {
@@ -448,7 +540,7 @@ void run_backward(
           problem, from, width, pointer<scalar_t>(uniform), out, to, along_distance.data());
     });
   }
-  // Distance and bandwidth come in as their ratio.
+  // Distance and bandwidth come in as their ratio, so that one gradient follows from the other.
   *grad_bandwidth.mutable_data_ptr<scalar_t>() =
       static_cast<scalar_t>(-std::accumulate(along_distance.begin(), along_distance.end(), 0.0) / width);
 }
@@ -456,10 +548,7 @@ void run_backward(
 std::tuple<Tensor, Tensor> latent_affinity_backward(
     const Tensor& grad_out, const Tensor& distance, const Tensor& bandwidth, std::optional<double> truncation,
     bool masked, std::optional<Tensor> seed, std::optional<Tensor> uniform, double temperature) {
-  AffinityProblem problem = affinity_problem(distance, bandwidth, seed, uniform);
-  problem.truncation = truncation;
-  problem.masked = masked;
-  problem.temperature = temperature;
+  AffinityProblem problem = affinity_problem(distance, bandwidth, truncation, masked, seed, uniform, temperature);
   const int64_t dimensions = problem.sampled ? 3 : 2;
   STD_TORCH_CHECK(
       grad_out.dim() == dimensions && grad_out.size(dimensions - 2) == problem.receivers &&
