@@ -21,6 +21,13 @@ STABLE_TORCH_LIBRARY(m2mkd_fast, m) {
   m.def(
       "_route_backward(Tensor? grad_weight, Tensor? grad_gates, Tensor gates, Tensor token, Tensor expert, Tensor offsets)"
       " -> Tensor");
+  m.def(
+      "_latent_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? log_affinity)"
+      " -> (Tensor out, Tensor logsumexp)");
+  m.def(
+      "_latent_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? log_affinity,"
+      " Tensor out, Tensor logsumexp, bool need_affinity)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_affinity)");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C() {
