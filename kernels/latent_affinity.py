@@ -99,14 +99,13 @@ def load_bandwidth(bandwidth):
 
 
 @triton.jit
-def noise_of(seed, uniform, sample, edge, edges, inside, MODE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Noise of one sample's edges [BLOCK / 4, 4], clamped; `sample` is int64."""
+def noise_of(seed, uniform, sample, first, edge, edges, inside, MODE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Noise of one sample's edges [BLOCK / 4, 4], clamped; `sample` and edges are int64."""
     if MODE == UNIFORM:
         u = tl.load(uniform + sample * edges + edge, mask=inside, other=0.5)
     else:
         key = tl.load(seed)
-        if ALIGNED:  # the four edges of each row of the tile share a counter
-            first = tl.min(edge, axis=1)
+        if ALIGNED:  # four edges in a row share a counter
             w0, w1, w2, w3 = tl.randint4x(key, (sample * edges + first) // 4)
             words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), edge.shape)
         else:
@@ -137,25 +136,26 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    edge = tl.program_id(0).to(tl.int64) * BLOCK + tl.reshape(tl.arange(0, BLOCK), [BLOCK // 4, 4])
+    first = tl.program_id(0).to(tl.int64) * BLOCK + 4 * tl.arange(0, BLOCK // 4)  # of each four edges in a row
+    edge = first[:, None] + tl.arange(0, 4)[None, :]
     inside = edge < edges
     d = tl.load(distance + edge, mask=inside, other=0.0)
     width = load_bandwidth(bandwidth)
     cut = d > truncation
-    scaled = tl.div_rn(d, width)
     if MODE == PLAIN or MODE == BINARY:
-        value = tl.where(cut, float("-inf"), -scaled)
+        value = tl.where(cut, float("-inf"), -tl.div_rn(d, width))
         if MODE == BINARY:
-            value = tl.where(value < lowest, float("-inf"), 0.0 * scaled)
+            value = tl.where(value < lowest, float("-inf"), 0.0 * value)  # keeps NaN
         tl.store(log_affinity + edge, value, mask=inside)
     else:
+        scaled = d * tl.div_rn(1.0, width)
         if LEAKY:
             scaled = tl.where(cut, float("inf"), scaled)
         odds = expm1(clamped(scaled, _NEAREST, _FARTHEST))
         for step in range(CHUNK):
             sample = tl.program_id(1).to(tl.int64) * CHUNK + step
             drawn = inside & (sample < samples)
-            u = noise_of(seed, uniform, sample, edge, edges, drawn, MODE, ALIGNED)
+            u = noise_of(seed, uniform, sample, first, edge, edges, drawn, MODE, ALIGNED)
             r = odds * (1.0 - u) / u
             if EXPONENT == 2:
                 value = -log1p(r * r)
@@ -180,7 +180,6 @@ def sum_samples_kernel(
     partial,  # [chunks, edges]
     edges,
     samples,
-    truncation,
     inverse_temperature,
     MODE: tl.constexpr,
     EXPONENT: tl.constexpr,
@@ -188,17 +187,17 @@ def sum_samples_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    edge = tl.program_id(0).to(tl.int64) * BLOCK + tl.reshape(tl.arange(0, BLOCK), [BLOCK // 4, 4])
+    first = tl.program_id(0).to(tl.int64) * BLOCK + 4 * tl.arange(0, BLOCK // 4)  # of each four edges in a row
+    edge = first[:, None] + tl.arange(0, 4)[None, :]
     inside = edge < edges
     d = tl.load(distance + edge, mask=inside, other=0.0)
-    kept = inside & ((d > truncation) == 0)
-    odds = expm1(clamped(tl.div_rn(d, load_bandwidth(bandwidth)), _NEAREST, _FARTHEST))
+    odds = expm1(clamped(d * tl.div_rn(1.0, load_bandwidth(bandwidth)), _NEAREST, _FARTHEST))
     sums = tl.zeros_like(d)
     for step in range(CHUNK):
         sample = tl.program_id(1).to(tl.int64) * CHUNK + step
-        drawn = kept & (sample < samples)
+        drawn = inside & (sample < samples)  # cut edges, too: a mask of their own would split the loads
         g = tl.load(grad + sample * edges + edge, mask=drawn, other=0.0)
-        u = noise_of(seed, uniform, sample, edge, edges, drawn, MODE, ALIGNED)
+        u = noise_of(seed, uniform, sample, first, edge, edges, drawn, MODE, ALIGNED)
         a = odds * (1.0 - u)
         if EXPONENT == 2:
             complement = a * a / (a * a + u * u)
@@ -339,7 +338,6 @@ def backward(
     grad, distance = grad.contiguous(), distance.contiguous()
     edges = distance.numel()
     blocks, chunks = triton.cdiv(edges, _BLOCK), 1
-    numbers = _largest_kept(truncation, masked), 1 / temperature
     with torch.cuda.device_of(distance):
         if sampled:
             samples = grad.shape[0]
@@ -355,7 +353,7 @@ def backward(
                 partial,
                 edges,
                 samples,
-                *numbers,
+                1 / temperature,
                 MODE=mode,
                 EXPONENT=exponent_of(temperature),
                 ALIGNED=edges % 4 == 0,
@@ -374,7 +372,8 @@ def backward(
             along_distance,
             edges,
             chunks,
-            *numbers,
+            _largest_kept(truncation, masked),
+            1 / temperature,
             SAMPLED=sampled,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
