@@ -36,7 +36,7 @@ _LN2_HIGH = tl.constexpr(0.693359375)
 _LN2_LOW = tl.constexpr(-2.12194440e-4)
 
 _PLAIN, _BINARY, _SEED, _UNIFORM = 0, 1, 2, 3
-PLAIN, BINARY, SEED, UNIFORM = (tl.constexpr(mode) for mode in (_PLAIN, _BINARY, _SEED, _UNIFORM))
+BINARY, SEED, UNIFORM = tl.constexpr(_BINARY), tl.constexpr(_SEED), tl.constexpr(_UNIFORM)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def forward_kernel(
     d = tl.load(distance + edge, mask=inside, other=0.0)
     width = load_bandwidth(bandwidth)
     cut = d > truncation
-    if MODE == PLAIN or MODE == BINARY:
+    if MODE < SEED:
         value = tl.where(cut, float("-inf"), -tl.div_rn(d, width))
         if MODE == BINARY:
             value = tl.where(value < lowest, float("-inf"), 0.0 * value)  # keeps NaN

@@ -15,6 +15,7 @@ from m2mkd_fast.backend import device_reason, select_backend, triton_reason
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 
 TruncationImplementation = Literal["direct", "masked"]
+_WORD = 0xFFFFFFFF  # the largest number of 32 bits
 
 
 def latent_affinity(
@@ -142,24 +143,24 @@ def signature_distance(receiver_signatures: Tensor, sender_signatures: Tensor) -
 
 
 def philox_uniform(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The noise of :func:`latent_affinity` in plain PyTorch: numbers in (0, 1], where 1 is what float32 rounds up."""
+    """The noise of :func:`latent_affinity` in plain PyTorch: above 0 and at most 1, to which float32 rounds up."""
     count = math.prod(shape)
-    counter = torch.arange((count + 3) // 4, device=seed.device)
-    words = torch.stack(philox4x32(seed.reshape(()), counter), dim=-1).flatten()[:count].view(shape)
-    return (words >> 8).to(dtype) * 2.0**-24 + 2.0**-25
+    counter, seed = torch.arange((count + 3) // 4, device=seed.device), seed.reshape(())
+    zero = torch.zeros_like(counter)
+    words = philox4x32((seed & _WORD, (seed >> 32) & _WORD), (counter & _WORD, (counter >> 32) & _WORD, zero, zero))
+    word = torch.stack(words, dim=-1).flatten()[:count].view(shape)
+    return (word >> 8).to(dtype) * 2.0**-24 + 2.0**-25
 
 
-def philox4x32(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of philox4x32: four words, from 0 to 2^32 - 1, for each int64 counter, with the seed as key."""
-    word = 0xFFFFFFFF
-    key = (seed & word, (seed >> 32) & word)
-    c0, c1, c2, c3 = counter & word, (counter >> 32) & word, torch.zeros_like(counter), torch.zeros_like(counter)
+def philox4x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Ten rounds of philox4x32: four random words of four words that count, all of them int64 from 0 to 2^32 - 1."""
+    c0, c1, c2, c3 = counter
     for _ in range(10):
-        # The product's upper half has the right bits even where the int64 product overflows.
+        # Where the int64 product overflows its bits are right all the same.
         left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((right >> 32) & word) ^ c1 ^ key[0], right & word
-        c2, c3 = ((left >> 32) & word) ^ c3 ^ key[1], left & word
-        key = ((key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word)
+        c0, c1 = ((right >> 32) & _WORD) ^ c1 ^ key[0], right & _WORD
+        c2, c3 = ((left >> 32) & _WORD) ^ c3 ^ key[1], left & _WORD
+        key = ((key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD)
     return c0, c1, c2, c3
 
 
