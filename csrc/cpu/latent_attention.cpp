@@ -30,9 +30,10 @@ using torch::stable::Tensor;
 
 // A graph with this part of all edges or more is computed as if it had all of them.
 constexpr double kDense = 0.6;
-constexpr int64_t kRowsInCache = 24 << 10;   // bytes of the rows that a block of edges names
+constexpr int64_t kRowsInCache = 40 << 10;   // bytes of the rows that a block of edges names
 constexpr int64_t kTileInCache = 96 << 10;   // bytes of the scores that a dense chunk of receivers has at a time
-constexpr int64_t kTasksPerThread = 4;       // of those between two waits of all threads for each other
+constexpr int64_t kWaveInMemory = 64 << 20;  // bytes
+constexpr int64_t kTasksPerThread = 4;       // at least, between two waits of all threads for each other
 
 // `number` things cut into equal blocks of at most `most`.
 struct Blocks {
@@ -127,8 +128,8 @@ struct Graph {
 constexpr int64_t kSlack = 64;  // readable elements behind the last slot
 
 template <typename scalar_t>
-void count_edges(const Sizes<scalar_t>& sizes, Graph<scalar_t>& graph, int64_t chunk) {
-  for (int64_t u = sizes.chunks.begin(chunk); u < sizes.chunks.begin(chunk + 1); ++u) {
+void count_edges(const Sizes<scalar_t>& sizes, Graph<scalar_t>& graph) {
+  for (int64_t u = 0; u < sizes.receivers; ++u) {
     const scalar_t* row = graph.log_affinity + u * sizes.senders;
     int32_t present = 0;
     for (int64_t v = 0; v < sizes.senders; ++v) {
@@ -236,27 +237,43 @@ std::vector<Graph<scalar_t>> graphs_of(
     graphs[g].log_affinity = log_affinity + g * sizes.receivers * sizes.senders;
     graphs[g].degree = Buffer<int32_t>(sizes.receivers);
   }
-  const int64_t chunks = sizes.chunks.count;
-  torch::stable::parallel_for(0, number * chunks, 2, [&](int64_t begin, int64_t end) {
-    with_best_instructions([&] {
-      for (int64_t i = begin; i < end; ++i) {
-        count_edges(sizes, graphs[i / chunks], i % chunks);
-      }
-    });
-  });
-  for (Graph<scalar_t>& graph : graphs) {
-    lay_out(sizes, by_sender, graph);
-  }
-  torch::stable::parallel_for(0, number * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      Graph<scalar_t>& graph = graphs[i / chunks];
-      if (!graph.dense) {
-        list_edges(sizes, graph, i % chunks);
-        if (by_sender) {
-          sort_edges_by_sender(sizes, graph, i % chunks);
-        }
+  const auto lay_out_graph = [&](int64_t g) {
+    count_edges(sizes, graphs[g]);
+    lay_out(sizes, by_sender, graphs[g]);
+  };
+  const auto list_chunk = [&](int64_t g, int64_t chunk) {
+    if (!graphs[g].dense) {
+      list_edges(sizes, graphs[g], chunk);
+      if (by_sender) {
+        sort_edges_by_sender(sizes, graphs[g], chunk);
       }
     }
+  };
+  const int64_t chunks = sizes.chunks.count;
+  if (number >= torch::stable::get_num_threads()) {
+    torch::stable::parallel_for(0, number, 1, [&](int64_t begin, int64_t end) {
+      with_best_instructions([&] {
+        for (int64_t g = begin; g < end; ++g) {
+          lay_out_graph(g);
+          for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            list_chunk(g, chunk);
+          }
+        }
+      });
+    });
+    return graphs;
+  }
+  with_best_instructions([&] {
+    for (int64_t g = 0; g < number; ++g) {
+      lay_out_graph(g);
+    }
+  });
+  torch::stable::parallel_for(0, number * chunks, 1, [&](int64_t begin, int64_t end) {
+    with_best_instructions([&] {
+      for (int64_t i = begin; i < end; ++i) {
+        list_chunk(i / chunks, i % chunks);
+      }
+    });
   });
   return graphs;
 }
@@ -361,24 +378,25 @@ struct Forward {
   }
 
   // Receivers begin ... end of one head.
-  void sparse(const Graph<scalar_t>& graph, int64_t image, int64_t head, int64_t begin, int64_t end) const {
+  void sparse(const Graph<scalar_t>& graph, int64_t image, int64_t head, int64_t begin, int64_t end,
+      Workspace<scalar_t>& workspace) const {
     const int64_t blocks = sizes.sender_blocks.count, width = sizes.width, rows = sizes.chunks.size;
-    const Buffer<scalar_t> keys(sizes.senders * width), values(sizes.senders * width);
-    const Buffer<scalar_t> queries(rows * width), sums(rows * width);
-    const Buffer<scalar_t> scores(rows * (round_up(sizes.senders, kLanes<scalar_t>) + kLanes<scalar_t>));
-    copy_rows(key.at(image, head), key.row, sizes.senders, sizes.head_dim, width, keys.data());
-    copy_rows(value.at(image, head), value.row, sizes.senders, sizes.head_dim, width, values.data());
+    scalar_t *keys = workspace.take(sizes.senders * width), *values = workspace.take(sizes.senders * width);
+    scalar_t *queries = workspace.take(rows * width), *sums = workspace.take(rows * width);
+    scalar_t *scores = workspace.take(rows * (round_up(sizes.senders, kLanes<scalar_t>) + kLanes<scalar_t>));
+    copy_rows(key.at(image, head), key.row, sizes.senders, sizes.head_dim, width, keys);
+    copy_rows(value.at(image, head), value.row, sizes.senders, sizes.head_dim, width, values);
     with_vectors<scalar_t>(width, [&](auto vectors) {
       for (int64_t first = begin; first < end; first += rows) {
         const int64_t some = std::min(rows, end - first);
         const int32_t* block_start = graph.block_start.data() + first * (blocks + 1);
-        scalar_t* score = scores.data() - block_start[0];  // by slot
-        copy_rows(query.at(image, head, first), query.row, some, sizes.head_dim, width, queries.data());
+        scalar_t* score = scores - block_start[0];  // by slot
+        copy_rows(query.at(image, head, first), query.row, some, sizes.head_dim, width, queries);
         for (int64_t block = 0; block < blocks; ++block) {
           for (int64_t r = 0; r < some; ++r) {
             const int32_t* start = block_start + r * (blocks + 1) + block;
             multiply_rows(
-                queries.data() + r * width, keys.data(), graph.sender_row.data() + start[0], start[1] - start[0],
+                queries + r * width, keys, graph.sender_row.data() + start[0], start[1] - start[0],
                 vectors, score + start[0]);
           }
         }
@@ -390,17 +408,17 @@ struct Forward {
           largest[r] = -std::numeric_limits<scalar_t>::infinity();
           sum[r] = degree == 0 ? scalar_t(0) : exponentiate(score + slot, padded, largest[r]);
         }
-        std::fill_n(sums.data(), some * width, scalar_t(0));
+        std::fill_n(sums, some * width, scalar_t(0));
         for (int64_t block = 0; block < blocks; ++block) {
           for (int64_t r = 0; r < some; ++r) {
             const int32_t* start = block_start + r * (blocks + 1) + block;
             const scalar_t* weight = score + start[0];
-            add_rows([&](int64_t i) { return weight[i]; }, values.data(), graph.sender_row.data() + start[0],
-                     start[1] - start[0], vectors, sums.data() + r * width);
+            add_rows([&](int64_t i) { return weight[i]; }, values, graph.sender_row.data() + start[0],
+                     start[1] - start[0], vectors, sums + r * width);
           }
         }
         for (int64_t r = 0; r < some; ++r) {
-          write(image, head, first + r, sums.data() + r * width, largest[r], sum[r]);
+          write(image, head, first + r, sums + r * width, largest[r], sum[r]);
         }
       }
     });
@@ -408,22 +426,23 @@ struct Forward {
   // A row has at least `lanes` elements, of which kRowsInCache bytes hold no more than this.
   static constexpr int64_t kMostRows = kRowsInCache / 32;
 
-  void dense(const Graph<scalar_t>& graph, int64_t image, int64_t head, int64_t begin, int64_t end) const {
+  void dense(const Graph<scalar_t>& graph, int64_t image, int64_t head, int64_t begin, int64_t end,
+      Workspace<scalar_t>& workspace) const {
     const int64_t columns = sizes.columns, rows = sizes.tile_chunks.size;
-    const Buffer<scalar_t> keys(columns * sizes.head_dim), values(sizes.senders * sizes.panels_width);
-    const Buffer<scalar_t> queries(rows * sizes.width), scores(rows * columns), sums(rows * sizes.panels_width);
-    copy_transposed_panels(key.at(image, head), key.row, sizes.senders, sizes.head_dim, keys.data());
-    copy_panels(value.at(image, head), value.row, sizes.senders, sizes.head_dim, values.data());
+    scalar_t *keys = workspace.take(columns * sizes.head_dim), *values = workspace.take(sizes.senders * sizes.panels_width);
+    scalar_t *queries = workspace.take(rows * sizes.width), *scores = workspace.take(rows * columns), *sums = workspace.take(rows * sizes.panels_width);
+    copy_transposed_panels(key.at(image, head), key.row, sizes.senders, sizes.head_dim, keys);
+    copy_panels(value.at(image, head), value.row, sizes.senders, sizes.head_dim, values);
     for (int64_t first = begin; first < end; first += rows) {
       const int64_t some = std::min(rows, end - first), padded_rows = round_up(some, kTileRows);
-      copy_rows(query.at(image, head, first), query.row, some, sizes.head_dim, sizes.width, queries.data());
-      std::fill(queries.data() + some * sizes.width, queries.data() + padded_rows * sizes.width, scalar_t(0));
+      copy_rows(query.at(image, head, first), query.row, some, sizes.head_dim, sizes.width, queries);
+      std::fill(queries + some * sizes.width, queries + padded_rows * sizes.width, scalar_t(0));
       multiply_panels(
-          queries.data(), sizes.width, 1, padded_rows, keys.data(), sizes.head_dim, columns, false, scores.data(),
+          queries, sizes.width, 1, padded_rows, keys, sizes.head_dim, columns, false, scores,
           columns);
       scalar_t largest[kMostTileRows], sum[kMostTileRows];
       for (int64_t r = 0; r < some; ++r) {
-        scalar_t* score = scores.data() + r * columns;
+        scalar_t* score = scores + r * columns;
         largest[r] = -std::numeric_limits<scalar_t>::infinity();
         sum[r] = 0;
         if (graph.degree[first + r] > 0) {
@@ -432,10 +451,10 @@ struct Forward {
         }
       }
       multiply_panels(
-          scores.data(), columns, 1, padded_rows, values.data(), sizes.senders, sizes.panels_width, false, sums.data(),
+          scores, columns, 1, padded_rows, values, sizes.senders, sizes.panels_width, false, sums,
           sizes.panels_width);
       for (int64_t r = 0; r < some; ++r) {
-        write(image, head, first + r, sums.data() + r * sizes.panels_width, largest[r], sum[r]);
+        write(image, head, first + r, sums + r * sizes.panels_width, largest[r], sum[r]);
       }
     }
   }
@@ -454,16 +473,17 @@ struct Backward {
   Heads<scalar_t, scalar_t*> grad_query, grad_key, grad_value;
 
   // grad_scores: where each slot's gradient goes.
-  void sparse(const Graph<scalar_t>& graph, int64_t image, int64_t head, scalar_t* grad_scores) const {
+  void sparse(const Graph<scalar_t>& graph, int64_t image, int64_t head, scalar_t* grad_scores,
+      Workspace<scalar_t>& workspace) const {
     const int64_t blocks = sizes.sender_blocks.count, width = sizes.width, rows = sizes.chunks.size;
-    const Buffer<scalar_t> keys(sizes.senders * width), values(sizes.senders * width);
-    const Buffer<scalar_t> key_sums(sizes.senders * width), value_sums(sizes.senders * width);
-    const Buffer<scalar_t> queries(rows * width), grads(rows * width), query_sums(rows * width);
-    const Buffer<scalar_t> scores(rows * (round_up(sizes.senders, kLanes<scalar_t>) + kLanes<scalar_t>));
-    copy_rows(key.at(image, head), key.row, sizes.senders, sizes.head_dim, width, keys.data());
-    copy_rows(value.at(image, head), value.row, sizes.senders, sizes.head_dim, width, values.data());
-    std::fill_n(key_sums.data(), sizes.senders * width, scalar_t(0));
-    std::fill_n(value_sums.data(), sizes.senders * width, scalar_t(0));
+    scalar_t *keys = workspace.take(sizes.senders * width), *values = workspace.take(sizes.senders * width);
+    scalar_t *key_sums = workspace.take(sizes.senders * width), *value_sums = workspace.take(sizes.senders * width);
+    scalar_t *queries = workspace.take(rows * width), *grads = workspace.take(rows * width), *query_sums = workspace.take(rows * width);
+    scalar_t *scores = workspace.take(rows * (round_up(sizes.senders, kLanes<scalar_t>) + kLanes<scalar_t>));
+    copy_rows(key.at(image, head), key.row, sizes.senders, sizes.head_dim, width, keys);
+    copy_rows(value.at(image, head), value.row, sizes.senders, sizes.head_dim, width, values);
+    std::fill_n(key_sums, sizes.senders * width, scalar_t(0));
+    std::fill_n(value_sums, sizes.senders * width, scalar_t(0));
     with_vectors<scalar_t>(width, [&](auto vectors) {
       for (int64_t chunk = 0; chunk < sizes.chunks.count; ++chunk) {
         const int64_t first = sizes.chunks.begin(chunk), some = sizes.chunks.begin(chunk + 1) - first;
@@ -471,9 +491,9 @@ struct Backward {
           continue;
         }
         const int32_t* block_start = graph.block_start.data() + first * (blocks + 1);
-        scalar_t *score = scores.data() - block_start[0], *grad = grad_scores;  // by slot
-        copy_rows(query.at(image, head, first), query.row, some, sizes.head_dim, width, queries.data());
-        copy_rows(grad_out.at(image, head, first), grad_out.row, some, sizes.head_dim, width, grads.data());
+        scalar_t *score = scores - block_start[0], *grad = grad_scores;  // by slot
+        copy_rows(query.at(image, head, first), query.row, some, sizes.head_dim, width, queries);
+        copy_rows(grad_out.at(image, head, first), grad_out.row, some, sizes.head_dim, width, grads);
         const auto for_each_block = [&](auto&& visit) {
           for (int64_t block = 0; block < blocks; ++block) {
             for (int64_t r = 0; r < some; ++r) {
@@ -484,11 +504,11 @@ struct Backward {
         };
         for_each_block([&](int64_t row, int64_t slot, int64_t count) {
           multiply_rows(
-              queries.data() + row, keys.data(), graph.sender_row.data() + slot, count, vectors, score + slot);
+              queries + row, keys, graph.sender_row.data() + slot, count, vectors, score + slot);
         });
         for_each_block([&](int64_t row, int64_t slot, int64_t count) {
           multiply_rows(
-              grads.data() + row, values.data(), graph.sender_row.data() + slot, count, vectors, grad + slot);
+              grads + row, values, graph.sender_row.data() + slot, count, vectors, grad + slot);
         });
         for (int64_t r = 0; r < some; ++r) {
           const int32_t slot = block_start[r * (blocks + 1)];
@@ -498,23 +518,23 @@ struct Backward {
           differentiate(
               score + slot, grad + slot, padded, logsumexp[(image * sizes.heads + head) * sizes.receivers + first + r]);
         }
-        std::fill_n(query_sums.data(), some * width, scalar_t(0));
+        std::fill_n(query_sums, some * width, scalar_t(0));
         for_each_block([&](int64_t row, int64_t slot, int64_t count) {
-          add_rows([&](int64_t i) { return grad[slot + i]; }, keys.data(), graph.sender_row.data() + slot, count,
-                   vectors, query_sums.data() + row);
+          add_rows([&](int64_t i) { return grad[slot + i]; }, keys, graph.sender_row.data() + slot, count,
+                   vectors, query_sums + row);
         });
         for (int64_t r = 0; r < some; ++r) {
           copy_scaled(
-              query_sums.data() + r * width, sizes.head_dim, sizes.scale, grad_query.at(image, head, first + r));
+              query_sums + r * width, sizes.head_dim, sizes.scale, grad_query.at(image, head, first + r));
         }
         const int32_t* sender_start = graph.by_sender_start.data() + chunk * (sizes.senders + 1);
-        const auto add_receivers = [&](const scalar_t* weight, const Buffer<scalar_t>& receivers,
-                                       const Buffer<scalar_t>& sums) {
+        const auto add_receivers = [&](const scalar_t* weight, scalar_t* receivers,
+                                       scalar_t* sums) {
           for (int64_t v = 0; v < sizes.senders; ++v) {
             const int32_t* slot = graph.slot.data() + sender_start[v];
-            add_rows([&](int64_t i) { return weight[slot[i]]; }, receivers.data(),
+            add_rows([&](int64_t i) { return weight[slot[i]]; }, receivers,
                      graph.receiver_row.data() + sender_start[v], sender_start[v + 1] - sender_start[v], vectors,
-                     sums.data() + v * width);
+                     sums + v * width);
           }
         };
         add_receivers(grad + block_start[0], queries, key_sums);
@@ -524,37 +544,38 @@ struct Backward {
     write_senders(image, head, key_sums, value_sums, width);
   }
 
-  void dense(const Graph<scalar_t>& graph, int64_t image, int64_t head, scalar_t* grad_scores) const {
+  void dense(const Graph<scalar_t>& graph, int64_t image, int64_t head, scalar_t* grad_scores,
+      Workspace<scalar_t>& workspace) const {
     const int64_t columns = sizes.columns, rows = sizes.tile_chunks.size, width = sizes.width;
     const int64_t panels_width = sizes.panels_width, sender_rows = round_up(sizes.senders, kTileRows);
-    const Buffer<scalar_t> transposed_keys(columns * sizes.head_dim), transposed_values(columns * sizes.head_dim);
-    const Buffer<scalar_t> keys(sizes.senders * panels_width);
-    const Buffer<scalar_t> key_sums(sender_rows * panels_width), value_sums(sender_rows * panels_width);
-    const Buffer<scalar_t> queries(rows * width), grads(rows * width), query_sums(rows * panels_width);
-    const Buffer<scalar_t> query_panels(rows * panels_width), grad_panels(rows * panels_width);
-    const Buffer<scalar_t> scores(rows * columns + kSlack);
-    copy_transposed_panels(key.at(image, head), key.row, sizes.senders, sizes.head_dim, transposed_keys.data());
-    copy_transposed_panels(value.at(image, head), value.row, sizes.senders, sizes.head_dim, transposed_values.data());
-    copy_panels(key.at(image, head), key.row, sizes.senders, sizes.head_dim, keys.data());
-    std::fill_n(key_sums.data(), sender_rows * panels_width, scalar_t(0));
-    std::fill_n(value_sums.data(), sender_rows * panels_width, scalar_t(0));
+    scalar_t *transposed_keys = workspace.take(columns * sizes.head_dim), *transposed_values = workspace.take(columns * sizes.head_dim);
+    scalar_t *keys = workspace.take(sizes.senders * panels_width);
+    scalar_t *key_sums = workspace.take(sender_rows * panels_width), *value_sums = workspace.take(sender_rows * panels_width);
+    scalar_t *queries = workspace.take(rows * width), *grads = workspace.take(rows * width), *query_sums = workspace.take(rows * panels_width);
+    scalar_t *query_panels = workspace.take(rows * panels_width), *grad_panels = workspace.take(rows * panels_width);
+    scalar_t *scores = workspace.take(rows * columns + kSlack);
+    copy_transposed_panels(key.at(image, head), key.row, sizes.senders, sizes.head_dim, transposed_keys);
+    copy_transposed_panels(value.at(image, head), value.row, sizes.senders, sizes.head_dim, transposed_values);
+    copy_panels(key.at(image, head), key.row, sizes.senders, sizes.head_dim, keys);
+    std::fill_n(key_sums, sender_rows * panels_width, scalar_t(0));
+    std::fill_n(value_sums, sender_rows * panels_width, scalar_t(0));
     for (int64_t first = 0; first < sizes.receivers; first += rows) {
       const int64_t some = std::min(rows, sizes.receivers - first), padded_rows = round_up(some, kTileRows);
       scalar_t* grad = grad_scores + first * columns;
-      const auto load = [&](const auto& source, const Buffer<scalar_t>& dense_rows, const Buffer<scalar_t>& panels) {
-        copy_rows(source.at(image, head, first), source.row, some, sizes.head_dim, width, dense_rows.data());
-        std::fill(dense_rows.data() + some * width, dense_rows.data() + padded_rows * width, scalar_t(0));
-        copy_panels(dense_rows.data(), width, padded_rows, sizes.head_dim, panels.data());
+      const auto load = [&](const auto& source, scalar_t* dense_rows, scalar_t* panels) {
+        copy_rows(source.at(image, head, first), source.row, some, sizes.head_dim, width, dense_rows);
+        std::fill(dense_rows + some * width, dense_rows + padded_rows * width, scalar_t(0));
+        copy_panels(dense_rows, width, padded_rows, sizes.head_dim, panels);
       };
       load(query, queries, query_panels);
       load(grad_out, grads, grad_panels);
       multiply_panels(
-          queries.data(), width, 1, padded_rows, transposed_keys.data(), sizes.head_dim, columns, false, scores.data(),
+          queries, width, 1, padded_rows, transposed_keys, sizes.head_dim, columns, false, scores,
           columns);
       multiply_panels(
-          grads.data(), width, 1, padded_rows, transposed_values.data(), sizes.head_dim, columns, false, grad, columns);
+          grads, width, 1, padded_rows, transposed_values, sizes.head_dim, columns, false, grad, columns);
       for (int64_t r = 0; r < padded_rows; ++r) {
-        scalar_t *score = scores.data() + r * columns, *row_grad = grad + r * columns;
+        scalar_t *score = scores + r * columns, *row_grad = grad + r * columns;
         if (r >= some || graph.degree[first + r] == 0) {
           std::fill_n(score, columns, scalar_t(0));
           std::fill_n(row_grad, columns, scalar_t(0));
@@ -567,29 +588,29 @@ struct Backward {
             score, row_grad, columns, logsumexp[(image * sizes.heads + head) * sizes.receivers + first + r]);
       }
       multiply_panels(
-          grad, columns, 1, padded_rows, keys.data(), sizes.senders, panels_width, false, query_sums.data(),
+          grad, columns, 1, padded_rows, keys, sizes.senders, panels_width, false, query_sums,
           panels_width);
       for (int64_t r = 0; r < some; ++r) {
         copy_scaled(
-            query_sums.data() + r * panels_width, sizes.head_dim, sizes.scale, grad_query.at(image, head, first + r));
+            query_sums + r * panels_width, sizes.head_dim, sizes.scale, grad_query.at(image, head, first + r));
       }
       // Rows behind the last sender are of the next receiver; nobody reads what comes of them.
       multiply_panels(
-          grad, 1, columns, sender_rows, query_panels.data(), padded_rows, panels_width, true, key_sums.data(),
+          grad, 1, columns, sender_rows, query_panels, padded_rows, panels_width, true, key_sums,
           panels_width);
       multiply_panels(
-          scores.data(), 1, columns, sender_rows, grad_panels.data(), padded_rows, panels_width, true,
-          value_sums.data(), panels_width);
+          scores, 1, columns, sender_rows, grad_panels, padded_rows, panels_width, true,
+          value_sums, panels_width);
     }
     write_senders(image, head, key_sums, value_sums, panels_width);
   }
 
   void write_senders(
-      int64_t image, int64_t head, const Buffer<scalar_t>& key_sums, const Buffer<scalar_t>& value_sums,
+      int64_t image, int64_t head, scalar_t* key_sums, scalar_t* value_sums,
       int64_t width) const {
     for (int64_t v = 0; v < sizes.senders; ++v) {
-      copy_scaled(key_sums.data() + v * width, sizes.head_dim, sizes.scale, grad_key.at(image, head, v));
-      copy_scaled(value_sums.data() + v * width, sizes.head_dim, scalar_t(1), grad_value.at(image, head, v));
+      copy_scaled(key_sums + v * width, sizes.head_dim, sizes.scale, grad_key.at(image, head, v));
+      copy_scaled(value_sums + v * width, sizes.head_dim, scalar_t(1), grad_value.at(image, head, v));
     }
   }
 };
@@ -678,11 +699,13 @@ class AffinityGradient {
   Buffer<scalar_t> total_;
 };
 
-// How many images are worked on between two waits; where they share a graph, all may be.
+// Images that are worked on together: enough to keep all threads busy, and more while their gradients of scores, a
+// number for each edge and head, stay within kWaveInMemory.
 template <typename scalar_t>
 Blocks waves_of(const Sizes<scalar_t>& sizes) {
   const int64_t tasks = kTasksPerThread * torch::stable::get_num_threads();
-  return {sizes.images, std::max<int64_t>(1, (tasks + sizes.heads - 1) / sizes.heads)};
+  const int64_t image = sizes.heads * sizes.receivers * sizes.columns * int64_t(sizeof(scalar_t));
+  return {sizes.images, std::max((tasks + sizes.heads - 1) / sizes.heads, kWaveInMemory / std::max<int64_t>(1, image))};
 }
 
 template <typename scalar_t>
@@ -699,14 +722,16 @@ void run_forward(const Forward<scalar_t>& forward, const scalar_t* log_affinity,
     const Blocks parts(sizes.receivers, std::max<int64_t>(64, (sizes.receivers + wanted - 1) / wanted));
     torch::stable::parallel_for(0, heads * parts.count, 1, [&](int64_t begin, int64_t end) {
       with_best_instructions([&] {
+        Workspace<scalar_t> workspace;
         for (int64_t i = begin; i < end; ++i) {
+          workspace.restart();
           const int64_t image = i / parts.count / sizes.heads, head = i / parts.count % sizes.heads;
           const int64_t part = i % parts.count;
           const Graph<scalar_t>& graph = graphs[shared ? 0 : image];
           if (graph.dense) {
-            forward.dense(graph, first + image, head, parts.begin(part), parts.begin(part + 1));
+            forward.dense(graph, first + image, head, parts.begin(part), parts.begin(part + 1), workspace);
           } else {
-            forward.sparse(graph, first + image, head, parts.begin(part), parts.begin(part + 1));
+            forward.sparse(graph, first + image, head, parts.begin(part), parts.begin(part + 1), workspace);
           }
         }
       });
@@ -735,12 +760,14 @@ void run_backward(
     const Buffer<scalar_t> grad_scores(place[images] + kSlack);
     torch::stable::parallel_for(0, images * sizes.heads, 1, [&](int64_t begin, int64_t end) {
       with_best_instructions([&] {
+        Workspace<scalar_t> workspace;
         for (int64_t i = begin; i < end; ++i) {
+          workspace.restart();
           const int64_t image = i / sizes.heads, head = i % sizes.heads;
           const Graph<scalar_t>& graph = graphs[shared ? 0 : image];
           scalar_t* mine = grad_scores.data() + place[image] + head * graph.slots;
-          graph.dense ? backward.dense(graph, first + image, head, mine)
-                      : backward.sparse(graph, first + image, head, mine);
+          graph.dense ? backward.dense(graph, first + image, head, mine, workspace)
+                      : backward.sparse(graph, first + image, head, mine, workspace);
         }
       });
     });

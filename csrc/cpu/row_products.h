@@ -5,10 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #include "instruction_set.h"
 
@@ -45,6 +45,33 @@ class Buffer {
     }
   };
   std::unique_ptr<Item, Free> items_;
+};
+
+// Buffers that a thread uses again for each of its tasks.
+template <typename scalar_t>
+class Workspace {
+ public:
+  // Gives the buffers from the first one on again.
+  void restart() {
+    next_ = 0;
+  }
+  // The next one, grown where it is smaller than `size`; what it holds means nothing.
+  scalar_t* take(int64_t size) {
+    if (next_ == buffers_.size()) {
+      buffers_.emplace_back();
+      sizes_.push_back(-1);
+    }
+    if (sizes_[next_] < size) {
+      buffers_[next_] = Buffer<scalar_t>(size);
+      sizes_[next_] = size;
+    }
+    return buffers_[next_++].data();
+  }
+
+ private:
+  std::vector<Buffer<scalar_t>> buffers_;
+  std::vector<int64_t> sizes_;
+  size_t next_ = 0;
 };
 
 template <typename scalar_t>
@@ -91,11 +118,13 @@ void multiply_rows(
   for (int64_t first = 0; first < count; first += lanes) {
     const scalar_t* row[lanes];
     Vector<scalar_t> sum[lanes] = {};
+#pragma GCC unroll 8
     for (int64_t i = 0; i < lanes; ++i) {
       row[i] = rows + offset[first + i];
     }
     for (int64_t j = 0; j < vectors * lanes; j += lanes) {
       const Vector<scalar_t> part = vector_at(query + j);
+#pragma GCC unroll 8
       for (int64_t i = 0; i < lanes; ++i) {
         sum[i] += part * vector_at(row[i] + j);
       }
@@ -110,16 +139,19 @@ void add_part_of_rows(
     const Weight& weight, const scalar_t* rows, const int32_t* offset, int64_t count, scalar_t* out) {
   constexpr int64_t lanes = kLanes<scalar_t>;
   Vector<scalar_t> sum[number];
+#pragma GCC unroll 8
   for (int64_t j = 0; j < number; ++j) {
     sum[j] = vector_at(out + j * lanes);
   }
   for (int64_t i = 0; i < count; ++i) {
     const scalar_t* row = rows + offset[i];
     const scalar_t factor = weight(i);
+#pragma GCC unroll 8
     for (int64_t j = 0; j < number; ++j) {
       sum[j] += factor * vector_at(row + j * lanes);
     }
   }
+#pragma GCC unroll 8
   for (int64_t j = 0; j < number; ++j) {
     vector_at(out + j * lanes) = sum[j];
   }
@@ -150,12 +182,23 @@ void add_rows(
   }
 }
 
-// out[r] = source[r], with zeros behind up to `width`.
+// out[r] = source[r], with zeros behind up to `width`, a multiple of the lanes.
 template <typename scalar_t>
 void copy_rows(const scalar_t* source, int64_t stride, int64_t rows, int64_t columns, int64_t width, scalar_t* out) {
+  constexpr int64_t lanes = kLanes<scalar_t>;
   for (int64_t r = 0; r < rows; ++r, source += stride, out += width) {
-    std::memcpy(out, source, columns * sizeof(scalar_t));
-    std::fill(out + columns, out + width, scalar_t(0));
+    int64_t c = 0;
+    for (; c + 2 * lanes <= columns; c += 2 * lanes) {
+      const Vector<scalar_t> first = vector_at(source + c), second = vector_at(source + c + lanes);
+      vector_at(out + c) = first;
+      vector_at(out + c + lanes) = second;
+    }
+    for (; c < columns; ++c) {
+      out[c] = source[c];
+    }
+    for (; c < width; ++c) {
+      out[c] = 0;
+    }
   }
 }
 
@@ -197,12 +240,14 @@ void multiply_tile(
   Vector<scalar_t> sum[kTileRows][2] = {};
   for (int64_t k = 0; k < inner; ++k, panel += 2 * lanes, left += inner_step) {
     const Vector<scalar_t> first = vector_at(panel), second = vector_at(panel + lanes);
+#pragma GCC unroll 8
     for (int64_t r = 0; r < kTileRows; ++r) {
       const scalar_t factor = left[r * row_step];
       sum[r][0] += factor * first;
       sum[r][1] += factor * second;
     }
   }
+#pragma GCC unroll 8
   for (int64_t r = 0; r < kTileRows; ++r, out += out_stride) {
     vector_at(out) = add ? vector_at(out) + sum[r][0] : sum[r][0];
     vector_at(out + lanes) = add ? vector_at(out + lanes) + sum[r][1] : sum[r][1];

@@ -88,9 +88,7 @@ def latent_attention_reference(
     return torch.matmul(weights.to(value.dtype), value)
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, log_affinity: Tensor | None, log_scale: Tensor | None
-) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, log_affinity: Tensor | None, log_scale: Tensor | None) -> None:
     if query.dim() != 4 or query.shape[-1] == 0:
         raise M2MKDError(
             f"query has shape {tuple(query.shape)}; expected [batch, heads, receivers, head_dim] with a head_dim of at "
@@ -173,9 +171,7 @@ class _LatentAttention(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Gradients of the gradient (create_graph=True) come from plain PyTorch: the kernels have none.
             chosen = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-            found = iter(
-                torch.autograd.grad(latent_attention_reference(*tensors), chosen, grad_out, create_graph=True)
-            )
+            found = iter(torch.autograd.grad(latent_attention_reference(*tensors), chosen, grad_out, create_graph=True))
             return *(next(found) if need else None for need in needed), None, None
         if ctx.backend == "triton":
             gradients = torch.ops.m2mkd_fast._latent_attention_triton_backward(
@@ -187,7 +183,10 @@ class _LatentAttention(torch.autograd.Function):
                 grad_full, *tensors_full, out_full, logsumexp, needed[3]
             )
         return (
-            *(grad.to(tensor.dtype) if need else None for grad, tensor, need in zip(gradients, tensors, needed, strict=True)),
+            *(
+                grad.to(tensor.dtype) if need else None
+                for grad, tensor, need in zip(gradients, tensors, needed, strict=True)
+            ),
             None,
             None,
         )
@@ -261,7 +260,5 @@ def _triton_forward_fake(query, key, value, log_affinity, skip_empty_tiles):
 
 
 @torch.library.register_fake("m2mkd_fast::_latent_attention_triton_backward")
-def _triton_backward_fake(
-    grad_out, query, key, value, log_affinity, out, logsumexp, need_affinity, skip_empty_tiles
-):
+def _triton_backward_fake(grad_out, query, key, value, log_affinity, out, logsumexp, need_affinity, skip_empty_tiles):
     return _backward_fake(query, key, log_affinity, need_affinity)
