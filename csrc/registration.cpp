@@ -28,6 +28,15 @@ STABLE_TORCH_LIBRARY(m2mkd_fast, m) {
       "_latent_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? log_affinity,"
       " Tensor out, Tensor logsumexp, bool need_affinity)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_affinity)");
+      "_modulated_norm_forward(Tensor inputs, Tensor weight, Tensor bias, Tensor[] scales, float eps)"
+      " -> (Tensor[] outputs, Tensor mean, Tensor rstd)");
+  m.def(
+      "_modulated_norm_backward(Tensor[] grad_outputs, Tensor inputs, Tensor weight, Tensor bias, Tensor[] scales,"
+      " Tensor mean, Tensor rstd) -> (Tensor grad_inputs, Tensor grad_affine, Tensor[] grad_scales)");
+  m.def("_modulated_geglu_forward(Tensor hidden, Tensor scale) -> Tensor");
+  m.def(
+      "_modulated_geglu_backward(Tensor grad_outputs, Tensor hidden, Tensor scale)"
+      " -> (Tensor grad_hidden, Tensor grad_scale)");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C() {

@@ -35,8 +35,8 @@ def forward_kernel(
     inputs,  # [batch, latents, width]
     weight,  # [width]
     bias,  # [width]
-    scales,  # [SCALES, latents, width]
-    outputs,  # [SCALES, batch, latents, width]
+    scales,  # SCALES times [latents, width]
+    outputs,  # SCALES times [batch, latents, width]
     mean,  # [batch, latents]
     rstd,  # [batch, latents]
     batch,
@@ -56,7 +56,7 @@ def forward_kernel(
     beta = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     scale = ()
     for m in tl.static_range(SCALES):
-        at = scales + (m * latents + latent) * width + channel
+        at = scales[m] + latent * width + channel
         scale += (tl.load(at, mask=inside, other=0.0).to(tl.float32),)
     for step in range(CHUNK):
         image = chunk * CHUNK + step
@@ -67,23 +67,22 @@ def forward_kernel(
         inverse = tl.rsqrt(tl.sum(centered * centered, axis=0) / width + eps)
         normalized = centered * inverse * gamma + beta
         for m in tl.static_range(SCALES):
-            to = outputs + (m * batch * latents + row) * width + channel
-            tl.store(to, scale[m] * normalized, mask=inside & valid)
+            tl.store(outputs[m] + row * width + channel, scale[m] * normalized, mask=inside & valid)
         tl.store(mean + row, mu, mask=valid)
         tl.store(rstd + row, inverse, mask=valid)
 
 
 @triton.jit
 def backward_kernel(
-    grad_outputs,  # [SCALES, batch, latents, width]
+    grad_outputs,  # SCALES times [batch, latents, width]
     inputs,  # [batch, latents, width]
     weight,  # [width]
     bias,  # [width]
-    scales,  # [SCALES, latents, width]
+    scales,  # SCALES times [latents, width]
     mean,  # [batch, latents]
     rstd,  # [batch, latents]
     grad_inputs,  # [batch, latents, width]
-    grad_scales,  # [chunks, SCALES, latents, width]
+    grad_scales,  # SCALES times [chunks, latents, width]
     grad_affine,  # [chunks, latents, 2, width], float32
     batch,
     latents,
@@ -101,7 +100,7 @@ def backward_kernel(
     beta = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     scale = ()
     for m in tl.static_range(SCALES):
-        at = scales + (m * latents + latent) * width + channel
+        at = scales[m] + latent * width + channel
         scale += (tl.load(at, mask=inside, other=0.0).to(tl.float32),)
     gamma_sum = tl.zeros([WIDTH_BLOCK], dtype=tl.float32)
     beta_sum = tl.zeros([WIDTH_BLOCK], dtype=tl.float32)
@@ -120,8 +119,7 @@ def backward_kernel(
         grad_affined = tl.zeros([WIDTH_BLOCK], dtype=tl.float32)
         sums = ()
         for m in tl.static_range(SCALES):
-            grad_at = grad_outputs + (m * batch * latents + row) * width + channel
-            grad = tl.load(grad_at, mask=inside & valid, other=0.0).to(tl.float32)
+            grad = tl.load(grad_outputs[m] + row * width + channel, mask=inside & valid, other=0.0).to(tl.float32)
             grad_affined += grad * scale[m]
             sums += (scale_sum[m] + grad * affined,)
         scale_sum = sums
@@ -133,8 +131,7 @@ def backward_kernel(
         grad_x = inverse * (grad_normalized - along_mean - normalized * along_x)
         tl.store(grad_inputs + row * width + channel, grad_x, mask=inside & valid)
     for m in tl.static_range(SCALES):
-        to = grad_scales + ((chunk * SCALES + m) * latents + latent) * width + channel
-        tl.store(to, scale_sum[m], mask=inside)
+        tl.store(grad_scales[m] + (chunk * latents + latent) * width + channel, scale_sum[m], mask=inside)
     tl.store(grad_affine + 2 * program * width + channel, gamma_sum, mask=inside)
     tl.store(grad_affine + (2 * program + 1) * width + channel, beta_sum, mask=inside)
 
@@ -176,19 +173,22 @@ def blocks_of(scales: int, width: int) -> dict[str, int]:
 
 
 def forward(
-    inputs: Tensor, weight: Tensor, bias: Tensor, scales: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y ``[M, B, N, C]`` in ``dtype``; mean and reciprocal standard deviation ``[B, N]`` in float32."""
-    outputs = inputs.new_empty((scales.shape[0], *inputs.shape), dtype=dtype)
+    inputs: Tensor, weight: Tensor, bias: Tensor, scales: list[Tensor], eps: float, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """M times y ``[B, N, C]`` in ``dtype``; mean and reciprocal standard deviation ``[B, N]`` in float32."""
+    outputs = [inputs.new_empty(inputs.shape, dtype=dtype) for _ in scales]
     mean = inputs.new_empty(inputs.shape[:2], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    if outputs.numel():
+    if inputs.numel():
         batch, latents, width = _sizes(inputs, scales)
         chunk = chunk_of(batch, latents)
         with torch.cuda.device_of(inputs):
             forward_kernel[(latents * triton.cdiv(batch, chunk),)](
-                *_dense(inputs, weight, bias, scales),
-                outputs,
+                inputs.contiguous(),
+                weight.contiguous(),
+                bias.contiguous(),
+                _dense(scales),
+                tuple(outputs),
                 mean,
                 rstd,
                 batch,
@@ -196,51 +196,68 @@ def forward(
                 width,
                 eps,
                 CHUNK=chunk,
-                **blocks_of(scales.shape[0], width),
+                **blocks_of(len(scales), width),
             )
     return outputs, mean, rstd
 
 
 def backward(
-    grad_outputs: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, scales: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_outputs: list[Tensor],
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scales: list[Tensor],
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of the inputs, of weight and bias as ``[2, C]``, and of the scales, each in the dtype of its tensor."""
     grad_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
     grad_affine = weight.new_empty((2, weight.shape[0]))
-    grad_scales = torch.empty_like(scales, memory_format=torch.contiguous_format)
-    if grad_outputs.numel() == 0:
-        return grad_inputs, grad_affine.zero_(), grad_scales.zero_()
+    grad_scales = [torch.empty_like(scale, memory_format=torch.contiguous_format) for scale in scales]
+    if inputs.numel() == 0:
+        for zero in (grad_affine, *grad_scales):
+            zero.zero_()
+        return grad_inputs, grad_affine, grad_scales
     batch, latents, width = _sizes(inputs, scales)
     chunk = chunk_of(batch, latents)
     chunks = triton.cdiv(batch, chunk)
     affine_parts = inputs.new_empty((chunks * latents, 2, width), dtype=torch.float32)
-    scales_parts = grad_scales if chunks == 1 else scales.new_empty((chunks, *scales.shape), dtype=torch.float32)
+    scales_parts = grad_scales
+    if chunks > 1:
+        scales_parts = [scale.new_empty((chunks, *scale.shape), dtype=torch.float32) for scale in scales]
     with torch.cuda.device_of(inputs):
         backward_kernel[(latents * chunks,)](
-            *_dense(grad_outputs, inputs, weight, bias, scales, mean, rstd),
+            _dense(grad_outputs),
+            inputs.contiguous(),
+            weight.contiguous(),
+            bias.contiguous(),
+            _dense(scales),
+            mean,
+            rstd,
             grad_inputs,
-            scales_parts,
+            tuple(scales_parts),
             affine_parts,
             batch,
             latents,
             width,
             CHUNK=chunk,
-            **blocks_of(scales.shape[0], width),
+            **blocks_of(len(scales), width),
         )
         _sum_rows(affine_parts, grad_affine)
         if chunks > 1:
-            _sum_rows(scales_parts, grad_scales)
+            for parts, total in zip(scales_parts, grad_scales, strict=True):
+                _sum_rows(parts, total)
     return grad_inputs, grad_affine, grad_scales
 
 
-def _sizes(inputs: Tensor, scales: Tensor) -> tuple[int, int, int]:
+def _sizes(inputs: Tensor, scales: list[Tensor]) -> tuple[int, int, int]:
     """Batch, latents and width for the kernels. Rows that share one scale are one latent's."""
     batch, latents, width = inputs.shape
-    return (batch * latents, 1, width) if scales.shape[1] == 1 else (batch, latents, width)
+    return (batch * latents, 1, width) if scales[0].shape[0] == 1 else (batch, latents, width)
 
 
-def _dense(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
+def _dense(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in tensors)
 
 
 def _sum_rows(partial: Tensor, total: Tensor) -> None:

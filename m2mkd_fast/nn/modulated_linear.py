@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import UnknownNameError
+from m2mkd_fast.nn.evaluation_cache import CachesInEvaluation, EvaluationCache
 from m2mkd_fast.nn.options import build
 from m2mkd_fast.ops.modulated_norm import modulated_norm
 
@@ -18,7 +19,7 @@ SCALE_NORMALIZATIONS = ("ln", "l2", "none", "sigmoid", "tanh")
 INPUT_NORMALIZATIONS = ("none", "ln", "l2")
 
 
-class ModulatedLinear(nn.Module):
+class ModulatedLinear(CachesInEvaluation):
     r"""One weight for all latents, a scale of its input for each.
 
     .. math::
@@ -71,6 +72,7 @@ class ModulatedLinear(nn.Module):
         self.scale_normalization_type = scale_normalization_type
         self.add_one_to_scale = add_one_to_scale
         self.scale_times_input_normalization_type = scale_times_input_normalization_type
+        self._scale_cache = EvaluationCache()
 
     @property
     def scales_only(self) -> bool:
@@ -78,7 +80,15 @@ class ModulatedLinear(nn.Module):
         return self.scale_times_input_normalization_type == "none"
 
     def input_scale(self, codes: Tensor) -> Tensor:
-        """s(c), ``[N, in_features]``."""
+        """s(c), ``[N, in_features]``; without gradients it is computed again only where codes or weights changed."""
+        if type(self.scale) is not nn.Linear:  # an adapter in its place may depend on other tensors
+            return self._input_scale(codes)
+        sources = [codes, self.scale.weight]
+        if isinstance(self.scale_gain, Tensor):
+            sources.append(self.scale_gain)
+        return self._scale_cache.get(sources, lambda: self._input_scale(codes))
+
+    def _input_scale(self, codes: Tensor) -> Tensor:
         scale = self.scale(codes)
         match self.scale_normalization_type:
             case "ln":
@@ -121,9 +131,9 @@ def normalize_and_project(
     norm: nn.LayerNorm, layers: Sequence[ModulatedLinear], inputs: Tensor, codes: Tensor
 ) -> list[Tensor]:
     """``layer(norm(inputs), codes)`` for every layer, with one normalisation for all."""
-    scales = torch.stack([layer.input_scale(codes) for layer in layers])
+    scales = [layer.input_scale(codes) for layer in layers]
     scaled = modulated_norm(inputs, norm.weight, norm.bias, scales, norm.eps, dtype=_product_dtype(layers, inputs))
-    return [layer.project(one) for layer, one in zip(layers, scaled.unbind(), strict=True)]
+    return [layer.project(one) for layer, one in zip(layers, scaled, strict=True)]
 
 
 def _product_dtype(layers: Sequence[ModulatedLinear], inputs: Tensor) -> torch.dtype | None:

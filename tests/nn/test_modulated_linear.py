@@ -64,9 +64,9 @@ def test_autocast_rounds_before_the_product(
     """The numbers are those of a product that rounds by itself."""
     seen = []
 
-    def recorded(*args: Any, **options: Any) -> torch.Tensor:
-        seen.append(modulated_norm(*args, **options))
-        return seen[-1]
+    def recorded(*args: Any, **options: Any) -> list[torch.Tensor]:
+        seen.extend(modulated_norm(*args, **options))
+        return seen
 
     monkeypatch.setattr(modulated_linear_module, "modulated_norm", recorded)
     norm, layer = nn.LayerNorm(4), ModulatedLinear(4, 6, 5, scale_times_input_normalization_type=of_input)
@@ -75,6 +75,62 @@ def test_autocast_rounds_before_the_product(
         expected = layer(norm(STATES.float()), CODES.float())
     assert seen[0].dtype == rounded
     assert torch.equal(projected, expected)
+
+
+def test_scales_are_computed_once_in_evaluation() -> None:
+    options = {"learnable_scale_gain": True, "add_one_to_scale": True}
+    layer = ModulatedLinear(4, 6, 5, **options).double().eval()
+    codes = nn.Parameter(CODES.clone())
+    with torch.no_grad():
+        scale = layer.input_scale(codes)
+        assert layer.input_scale(codes) is scale
+    assert layer.input_scale(codes).requires_grad
+    for source in (codes, layer.scale.weight, layer.scale_gain):
+        with torch.no_grad():
+            before = layer.input_scale(codes)
+            source.add_(0.5)
+            found = layer.input_scale(codes)
+        assert not torch.equal(found, before)
+        torch.testing.assert_close(found, layer.input_scale(codes).detach(), rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.input_scale(codes[:1]), layer.input_scale(codes)[:1])
+        exact = layer.float().input_scale(codes.float())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not torch.equal(layer.input_scale(codes.float()), exact)
+
+
+def test_an_adapter_in_place_of_the_scale_is_followed() -> None:
+    class Adapted(nn.Linear):
+        shift = nn.Parameter(torch.zeros(()))
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return super().forward(inputs) + self.shift
+
+    layer = ModulatedLinear(4, 6, 5, scale_normalization_type="none")
+    layer.scale = Adapted(5, 4, bias=False)
+    with torch.no_grad():
+        before = layer.input_scale(CODES.float())
+        Adapted.shift.add_(1.0)
+        torch.testing.assert_close(layer.input_scale(CODES.float()), before + 1.0)
+
+
+def test_no_stack_and_no_copy_between_scales_and_products() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    norm, layers = nn.LayerNorm(4), [ModulatedLinear(4, 6, 5, bias=False) for _ in range(2)]
+    with torch.no_grad():
+        normalize_and_project(norm, layers, STATES.float(), CODES.float())
+        codes, names = CODES.float(), []
+        normalize_and_project(norm, layers, STATES.float(), codes)
+        names.clear()
+        with Names():
+            normalize_and_project(norm, layers, STATES.float(), codes)
+    assert not [name for name in names if name.partition(".")[0] in ("stack", "cat", "clone", "copy_", "layer_norm")]
 
 
 def test_gain_is_learned_only_where_asked() -> None:
