@@ -243,10 +243,10 @@ def backward(
             CHUNK=chunk,
             **blocks_of(len(scales), width),
         )
-        _sum_rows(affine_parts, grad_affine)
+        sum_rows(affine_parts, grad_affine)
         if chunks > 1:
             for parts, total in zip(scales_parts, grad_scales, strict=True):
-                _sum_rows(parts, total)
+                sum_rows(parts, total)
     return grad_inputs, grad_affine, grad_scales
 
 
@@ -260,7 +260,8 @@ def _dense(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
-def _sum_rows(partial: Tensor, total: Tensor) -> None:
+def sum_rows(partial: Tensor, total: Tensor) -> None:
+    """The sum of float32 ``partial`` over its first dimension, in a fixed order, in the dtype of ``total``."""
     grid = (triton.cdiv(total.numel(), _SUM_COLUMNS),)
     sum_rows_kernel[grid](
         partial,
