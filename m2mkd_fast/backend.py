@@ -1,6 +1,7 @@
 """Which implementation an operator runs: chosen for each call, or forced by the user.
 
 Backends are ``reference`` (plain PyTorch, any device and dtype), ``cpu`` (C++), ``cuda`` (CUDA C++) and ``triton``.
+Where PyTorch's operators can do better than the definition there is ``torch`` too, for any device and dtype.
 Left alone (``auto``), an operator takes the fastest one that can run its input, and falls back on the reference with
 one warning. A forced backend that cannot run the input raises an error with the reason.
 
@@ -20,7 +21,7 @@ import torch
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 
-BACKENDS = ("reference", "cpu", "cuda", "triton")
+BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 
 
 class BackendFallbackWarning(UserWarning):
@@ -64,7 +65,7 @@ def use_backend(backend: str | None = None, /, **per_operator: str) -> Iterator[
     ...     model(images)
 
     Args:
-        backend: ``reference``, ``cpu``, ``cuda``, ``triton``, or ``auto`` to undo an outer force.
+        backend: ``reference``, ``torch``, ``cpu``, ``cuda``, ``triton``, or ``auto`` to undo an outer force.
         **per_operator: the same for an operator by name; goes before ``backend``.
 
     Raises:
