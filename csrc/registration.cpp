@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY(m2mkd_fast, m) {
       "_latent_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? log_affinity,"
       " Tensor out, Tensor logsumexp, bool need_affinity)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_affinity)");
+  m.def(
       "_modulated_norm_forward(Tensor inputs, Tensor weight, Tensor bias, Tensor[] scales, float eps)"
       " -> (Tensor[] outputs, Tensor mean, Tensor rstd)");
   m.def(
