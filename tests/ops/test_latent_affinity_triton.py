@@ -326,7 +326,6 @@ def test_kernels_compile_without_spills(architecture, tmp_path, monkeypatch):
     from m2mkd_fast.kernels import latent_affinity as kernels
 
     sizes = {"BLOCK": kernels._BLOCK, "CHUNK": 8}
-    most = {kernels.forward_kernel: 48, kernels.sum_samples_kernel: 56}
     for mode, exponent, leaky, aligned in (
         (kernels._PLAIN, 2, False, True),
         (kernels._BINARY, 2, False, True),
@@ -344,8 +343,8 @@ def test_kernels_compile_without_spills(architecture, tmp_path, monkeypatch):
             assert used["STACK"] == used["LOCAL"] == 0, (kernel.__name__, wanted, used)
             if aligned:
                 # Four edges to a thread from end to end: nothing is exchanged between threads.
-                assert used["SHARED"] <= 1024, (kernel.__name__, wanted, used)
-                assert used["REG"] <= most[kernel], (kernel.__name__, wanted, used)
+                assert used["SHARED"] == 0, (kernel.__name__, wanted, used)
+                assert used["REG"] <= 64, (kernel.__name__, wanted, used)
     for kernel, wanted in (
         (kernels.finish_kernel, {"SAMPLED": True, "BLOCK": kernels._BLOCK}),
         (kernels.bandwidth_kernel, {"BLOCK": kernels._BLOCK}),
