@@ -8,8 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2mkd_fast.nn.modulated_linear import modulated_linear, normalize_and_project
-from m2mkd_fast.nn.residual import DropPath, LayerScale
+from m2mkd_fast.nn.modulated_linear import modulated_linear, normalize_and_project, product_dtype
+from m2mkd_fast.nn.residual import DropPath, LayerScale, add_branch
+from m2mkd_fast.ops.modulated_geglu import modulated_geglu
 
 
 class GEGLU(nn.Module):
@@ -61,4 +62,9 @@ class ModulatedFeedForward(nn.Module):
     def forward(self, states: Tensor, codes: Tensor) -> Tensor:
         expand, activation, contract = self.ffn
         (hidden,) = normalize_and_project(self.layernorm, [expand], states, codes)
-        return states + self.drop_path(self.layer_scale(contract(activation(hidden), codes)))
+        scale = contract.input_scale(codes)
+        if isinstance(activation, GEGLU):
+            scaled = modulated_geglu(hidden, scale, dtype=product_dtype([contract], hidden))
+        else:
+            scaled = activation(hidden) * scale
+        return add_branch(states, scaled, contract, self.layer_scale, self.drop_path)

@@ -73,6 +73,7 @@ class ModulatedLinear(CachesInEvaluation):
         self.add_one_to_scale = add_one_to_scale
         self.scale_times_input_normalization_type = scale_times_input_normalization_type
         self._scale_cache = EvaluationCache()
+        self._weight_cache = EvaluationCache()
 
     @property
     def scales_only(self) -> bool:
@@ -102,14 +103,27 @@ class ModulatedLinear(CachesInEvaluation):
         scale = self.scale_gain * scale
         return scale + 1.0 if self.add_one_to_scale else scale
 
-    def project(self, scaled: Tensor) -> Tensor:
-        """The layer from the scaled input on."""
+    def project(self, scaled: Tensor, gain: Tensor | None = None) -> Tensor:
+        """The layer from the scaled input on, times ``gain`` ``[out_features]`` where given."""
+        return F.linear(self.normalized(scaled), *self.weight_and_bias(gain))
+
+    def normalized(self, scaled: Tensor) -> Tensor:
+        """n_x of the scaled input: what W is multiplied with."""
         match self.scale_times_input_normalization_type:
             case "ln":
-                scaled = F.layer_norm(scaled, scaled.shape[-1:])
+                return F.layer_norm(scaled, scaled.shape[-1:])
             case "l2":
-                scaled = F.normalize(scaled, dim=-1)
-        return F.linear(scaled, self.native_weight, self.native_bias)
+                return F.normalize(scaled, dim=-1)
+        return scaled
+
+    def weight_and_bias(self, gain: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """W and b, each row times its ``gain`` where given; without gradients that is computed once, as the scales."""
+        weight, bias = self.native_weight, self.native_bias
+        if gain is None:
+            return weight, bias
+        sources = [gain, weight] if bias is None else [gain, weight, bias]
+        folded = self._weight_cache.get(sources, lambda: _times_gain(gain, weight, bias))
+        return folded[0], None if bias is None else folded[1]
 
     def forward(self, inputs: Tensor, codes: Tensor) -> Tensor:
         return self.project(inputs * self.input_scale(codes))
@@ -132,14 +146,26 @@ def normalize_and_project(
 ) -> list[Tensor]:
     """``layer(norm(inputs), codes)`` for every layer, with one normalisation for all."""
     scales = [layer.input_scale(codes) for layer in layers]
-    scaled = modulated_norm(inputs, norm.weight, norm.bias, scales, norm.eps, dtype=_product_dtype(layers, inputs))
+    scaled = modulated_norm(inputs, norm.weight, norm.bias, scales, norm.eps, dtype=product_dtype(layers, inputs))
     return [layer.project(one) for layer, one in zip(layers, scaled, strict=True)]
 
 
-def _product_dtype(layers: Sequence[ModulatedLinear], inputs: Tensor) -> torch.dtype | None:
+def product_dtype(layers: Sequence[ModulatedLinear], inputs: Tensor) -> torch.dtype | None:
     """The dtype autocast rounds the scaled inputs to, where nothing but the products reads them."""
-    device = inputs.device.type
-    casts = not inputs.is_meta and torch.is_autocast_enabled(device)  # which knows no meta tensors
-    if casts and inputs.dtype != torch.float64 and all(layer.scales_only for layer in layers):
-        return torch.get_autocast_dtype(device)
+    if inputs.dtype != torch.float64 and all(layer.scales_only for layer in layers):
+        return autocast_dtype(inputs)
     return None
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype autocast rounds this tensor to for a product, None where it does not."""
+    device = tensor.device.type
+    casts = not tensor.is_meta and torch.is_autocast_enabled(device)  # which knows no meta tensors
+    return torch.get_autocast_dtype(device) if casts and tensor.dtype != torch.float64 else None
+
+
+def _times_gain(gain: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    folded = [gain.unsqueeze(1) * weight] if bias is None else [gain.unsqueeze(1) * weight, gain * bias]
+    # Autocast remembers what it rounded for parameters alone: rounded here, it is done once in evaluation.
+    dtype = autocast_dtype(weight)
+    return folded if dtype is None else [tensor.to(dtype) for tensor in folded]

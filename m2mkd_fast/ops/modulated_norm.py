@@ -62,13 +62,13 @@ def modulated_norm(
         return outputs if dtype is None else [output.to(dtype) for output in outputs]
     dtype = dtype or _natural_dtype(inputs, scales)
     if backend == "triton":
-        return list(_ModulatedNorm.apply(inputs, weight, bias, eps, dtype, "_modulated_norm_triton", *scales))
+        return _apply("_modulated_norm_triton", inputs, weight, bias, scales, eps, dtype)
     # The C++ kernel knows one dtype a call, float32 or float64; half precisions are widened for it. Out here, because
     # inside a function that torch.compile traces a conversion to the same dtype loses gradients (torch 2.11).
     tensors = (inputs, weight, bias, *scales)
     precision = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     inputs, weight, bias, *scales = (tensor.to(precision) for tensor in tensors)
-    outputs = _ModulatedNorm.apply(inputs, weight, bias, eps, precision, "_modulated_norm", *scales)
+    outputs = _apply("_modulated_norm", inputs, weight, bias, scales, eps, precision)
     return [output.to(dtype) for output in outputs]
 
 
@@ -147,33 +147,46 @@ def _why_not_triton(
     return None
 
 
+def _apply(
+    op: str, inputs: Tensor, weight: Tensor, bias: Tensor, scales: Sequence[Tensor], eps: float, dtype: torch.dtype
+) -> list[Tensor]:
+    # Filled up to a number that is not that of forward's parameters: where both are the same (with two scales, they
+    # would be), torch.compile takes the context for missing (torch 2.11).
+    filling = [None] * (_MOST_SCALES - len(scales))
+    return list(_ModulatedNorm.apply(op, eps, dtype, inputs, weight, bias, *scales, *filling))
+
+
 class _ModulatedNorm(torch.autograd.Function):
     """The kernels, with their gradient."""
 
     @staticmethod
-    def forward(ctx, inputs, weight, bias, eps, dtype, op, *scales):
-        ops = torch.ops.m2mkd_fast
+    def forward(ctx, op, eps, dtype, inputs, weight, bias, *filled_scales):
+        scales = [scale for scale in filled_scales if scale is not None]
         if op == "_modulated_norm":
-            outputs, mean, rstd = ops._modulated_norm_forward(inputs, weight, bias, scales, eps)
+            outputs, mean, rstd = torch.ops.m2mkd_fast._modulated_norm_forward(inputs, weight, bias, scales, eps)
         else:
-            outputs, mean, rstd = ops._modulated_norm_triton_forward(inputs, weight, bias, scales, eps, dtype)
-        ctx.save_for_backward(inputs, weight, bias, mean, rstd, *scales)
+            outputs, mean, rstd = torch.ops.m2mkd_fast._modulated_norm_triton_forward(
+                inputs, weight, bias, scales, eps, dtype
+            )
+        ctx.save_for_backward(mean, rstd, inputs, weight, bias, *scales)
         ctx.eps, ctx.dtype, ctx.op = eps, dtype, op
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        inputs, weight, bias, mean, rstd, *scales = ctx.saved_tensors
+        mean, rstd, *tensors = ctx.saved_tensors
+        inputs, weight, bias, *scales = tensors
+        filling = [None] * (_MOST_SCALES - len(scales))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Gradients of the gradient (create_graph=True) come from plain PyTorch: the kernel has none.
             outputs = [one.to(ctx.dtype) for one in modulated_norm_reference(inputs, weight, bias, scales, ctx.eps)]
-            tensors = (inputs, weight, bias, None, None, None, *scales)
-            needed = [tensor for tensor, need in zip(tensors, ctx.needs_input_grad, strict=True) if need]
+            need = ctx.needs_input_grad[3 : 3 + len(tensors)]
+            needed = [tensor for tensor, asked in zip(tensors, need, strict=True) if asked]
             found = iter(torch.autograd.grad(outputs, needed, grad_outputs, create_graph=True))
-            return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+            return None, None, None, *(next(found) if asked else None for asked in need), *filling
         backward = getattr(torch.ops.m2mkd_fast, f"{ctx.op}_backward")
         grad_inputs, grad_affine, grad_scales = backward(grad_outputs, inputs, weight, bias, scales, mean, rstd)
-        return grad_inputs, *grad_affine.unbind(), None, None, None, *grad_scales
+        return None, None, None, grad_inputs, *grad_affine.unbind(), *grad_scales, *filling
 
 
 torch.library.define(

@@ -257,15 +257,19 @@ def test_private_ops_refuse_what_they_cannot_run(kernel):
             forward(*arguments)
 
 
-def test_compiles_as_one_graph(backend):
+@pytest.mark.parametrize("scales", [1, 2, 3])
+def test_compiles_as_one_graph(scales, backend):
     def modulated(*tensors: Tensor) -> list[Tensor]:
         return [output.sin() for output in call(2 * tensors[0], *tensors[1:], dtype=torch.float32)]
 
     torch._dynamo.reset()
-    tensors, grads = random_tensors(4, 3, 10, 2, dtype=torch.float32)
-    compiled = everything(torch.compile(modulated, fullgraph=True, backend="aot_eager"), tensors, grads)
-    for ours, theirs in zip(compiled, everything(modulated, tensors, grads), strict=True):
+    tensors, grads = random_tensors(4, 3, 10, scales, dtype=torch.float32)
+    compiled = torch.compile(modulated, fullgraph=True, backend="aot_eager")
+    expected = everything(modulated, tensors, grads)
+    for ours, theirs in zip(everything(compiled, tensors, grads), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*tensors), expected[:scales])
 
 
 @needs_cpu_kernel
