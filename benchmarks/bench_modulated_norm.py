@@ -1,4 +1,4 @@
-"""Modulated norm: Triton kernels against PyTorch, eager and compiled, at the sizes of the published circuits."""
+"""Modulated norm: C++ and Triton kernels against PyTorch, eager and compiled, at the published sizes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ CASES = {
     "imagenet, receivers": (32, 768, 512, 1),
     "imagenet, senders of one image": (1, 960, 512, 2),
 }
+CPU_CASES = {
+    "tiny, senders, batch 8": (8, 320, 384, 2),
+    "tiny, receivers, batch 8": (8, 256, 384, 1),
+    "imagenet, senders, batch 1": (1, 960, 512, 2),
+    "imagenet, receivers, batch 1": (1, 768, 512, 1),
+}
 # States, y: weights and states stay in float32 under autocast, and the products read bfloat16.
 PRECISIONS = {
     "float32": (torch.float32, torch.float32),
@@ -32,35 +38,36 @@ BASELINES = ("eager", "compiled")
 
 
 def measure(case: str, precision: str, baseline: str, backward: bool, pairs: int, device: str = "cuda") -> Ratio:
-    batch, latents, width, scales = CASES[case]
+    batch, latents, width, scales = {**CASES, **CPU_CASES}[case]
     states_dtype, dtype = PRECISIONS[precision]
     generator = torch.Generator().manual_seed(0)
-    shapes = ((batch, latents, width), (width,), (width,), (scales, latents, width))
+    shapes = [(batch, latents, width), (width,), (width,), *[(latents, width)] * scales]
     tensors = [
         torch.randn(shape, generator=generator).to(device, states_dtype).requires_grad_(backward) for shape in shapes
     ]
-    grad = torch.randn((scales, batch, latents, width), generator=generator).to(device, dtype)
+    grads = [torch.randn((batch, latents, width), generator=generator).to(device, dtype) for _ in range(scales)]
 
-    def reference(*tensors: Tensor) -> Tensor:
-        return modulated_norm_reference(*tensors).to(dtype)
+    def reference(inputs: Tensor, weight: Tensor, bias: Tensor, *scales: Tensor) -> list[Tensor]:
+        return [output.to(dtype) for output in modulated_norm_reference(inputs, weight, bias, scales)]
 
-    def triton(*tensors: Tensor) -> Tensor:
-        with use_backend(modulated_norm="triton"):
-            return modulated_norm(*tensors, dtype=dtype)
+    def kernel(inputs: Tensor, weight: Tensor, bias: Tensor, *scales: Tensor) -> list[Tensor]:
+        with use_backend(modulated_norm="triton" if device == "cuda" else "cpu"):
+            return modulated_norm(inputs, weight, bias, scales, dtype=dtype)
 
-    def call_of(function: Callable[..., Tensor]) -> Callable[[], object]:
+    def call_of(function: Callable[..., list[Tensor]]) -> Callable[[], object]:
         def call() -> object:
             outputs = function(*tensors)
-            return torch.autograd.grad(outputs, tensors, grad) if backward else outputs
+            return torch.autograd.grad(outputs, tensors, grads) if backward else outputs
 
         return call
 
     if baseline == "compiled":
         torch._dynamo.reset()  # each size gets code of its own
+    passes = "forward and backward" if backward else "forward"
     return paired_ratio(
-        f"modulated_norm, {case}, {precision}, {'forward and backward' if backward else 'forward'}, against {baseline}",
+        f"modulated_norm, {device}, {case}, {precision}, {passes}, against {baseline}",
         call_of(torch.compile(reference, dynamic=False) if baseline == "compiled" else reference),
-        call_of(triton),
+        call_of(kernel),
         pairs=pairs,
         synchronize=torch.cuda.synchronize if device == "cuda" else None,
     )
@@ -69,15 +76,17 @@ def measure(case: str, precision: str, baseline: str, backward: bool, pairs: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=60)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    cases = list(itertools.product(CPU_CASES, ["float32"], BASELINES, (False, True), ["cpu"]))
+    if torch.cuda.is_available():
+        cases += itertools.product(CASES, PRECISIONS, BASELINES, (False, True), ["cuda"])
     results = []
-    if not torch.cuda.is_available():
-        print("modulated_norm: its only kernels are for CUDA, and there is no CUDA device; nothing to measure")
-    else:
-        for case, precision, baseline, backward in itertools.product(CASES, PRECISIONS, BASELINES, (False, True)):
-            results.append(measure(case, precision, baseline, backward, options.pairs))
-            print(results[-1], flush=True)
+    for case, precision, baseline, backward, device in cases:
+        results.append(measure(case, precision, baseline, backward, options.pairs, device))
+        print(results[-1], flush=True)
     if options.json:
         write_json(options.json, results)
 

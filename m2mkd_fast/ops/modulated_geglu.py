@@ -47,12 +47,11 @@ def modulated_geglu(hidden: Tensor, scale: Tensor, *, dtype: torch.dtype | None 
         return outputs if dtype is None else outputs.to(dtype)
     dtype = dtype or torch.promote_types(hidden.dtype, scale.dtype)
     if backend == "triton":
-        return _ModulatedGEGLU.apply(hidden, scale, dtype, "_modulated_geglu_triton")
+        return _apply("_modulated_geglu_triton", hidden, scale, dtype)
     # The C++ kernel knows one dtype a call, float32 or float64; half precisions are widened for it. Out here, because
     # inside a function that torch.compile traces a conversion to the same dtype loses gradients (torch 2.11).
     precision = torch.float64 if torch.float64 in (hidden.dtype, scale.dtype) else torch.float32
-    outputs = _ModulatedGEGLU.apply(hidden.to(precision), scale.to(precision), precision, "_modulated_geglu")
-    return outputs.to(dtype)
+    return _apply("_modulated_geglu", hidden.to(precision), scale.to(precision), precision).to(dtype)
 
 
 def modulated_geglu_reference(hidden: Tensor, scale: Tensor) -> Tensor:
@@ -93,6 +92,18 @@ def _why_not_triton(hidden: Tensor, scale: Tensor, dtype: torch.dtype | None) ->
     return reason
 
 
+def _apply(op: str, hidden: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.is_grad_enabled():
+        return _ModulatedGEGLU.apply(hidden, scale, dtype, op)
+    return _forward(op, hidden, scale, dtype)
+
+
+def _forward(op: str, hidden: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if op == "_modulated_geglu":
+        return torch.ops.m2mkd_fast._modulated_geglu_forward(hidden, scale)
+    return torch.ops.m2mkd_fast._modulated_geglu_triton_forward(hidden, scale, dtype)
+
+
 class _ModulatedGEGLU(torch.autograd.Function):
     """The kernels, with their gradient."""
 
@@ -100,9 +111,7 @@ class _ModulatedGEGLU(torch.autograd.Function):
     def forward(ctx, hidden, scale, dtype, op):
         ctx.save_for_backward(hidden, scale)
         ctx.dtype, ctx.op = dtype, op
-        if op == "_modulated_geglu":
-            return torch.ops.m2mkd_fast._modulated_geglu_forward(hidden, scale)
-        return torch.ops.m2mkd_fast._modulated_geglu_triton_forward(hidden, scale, dtype)
+        return _forward(op, hidden, scale, dtype)
 
     @staticmethod
     def backward(ctx, grad_outputs):

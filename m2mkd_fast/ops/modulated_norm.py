@@ -150,10 +150,18 @@ def _why_not_triton(
 def _apply(
     op: str, inputs: Tensor, weight: Tensor, bias: Tensor, scales: Sequence[Tensor], eps: float, dtype: torch.dtype
 ) -> list[Tensor]:
+    if not torch.is_grad_enabled():
+        return _forward(op, inputs, weight, bias, scales, eps, dtype)[0]
     # Filled up to a number that is not that of forward's parameters: where both are the same (with two scales, they
     # would be), torch.compile takes the context for missing (torch 2.11).
     filling = [None] * (_MOST_SCALES - len(scales))
     return list(_ModulatedNorm.apply(op, eps, dtype, inputs, weight, bias, *scales, *filling))
+
+
+def _forward(op, inputs, weight, bias, scales, eps, dtype):
+    if op == "_modulated_norm":
+        return torch.ops.m2mkd_fast._modulated_norm_forward(inputs, weight, bias, scales, eps)
+    return torch.ops.m2mkd_fast._modulated_norm_triton_forward(inputs, weight, bias, scales, eps, dtype)
 
 
 class _ModulatedNorm(torch.autograd.Function):
@@ -162,12 +170,7 @@ class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, eps, dtype, inputs, weight, bias, *filled_scales):
         scales = [scale for scale in filled_scales if scale is not None]
-        if op == "_modulated_norm":
-            outputs, mean, rstd = torch.ops.m2mkd_fast._modulated_norm_forward(inputs, weight, bias, scales, eps)
-        else:
-            outputs, mean, rstd = torch.ops.m2mkd_fast._modulated_norm_triton_forward(
-                inputs, weight, bias, scales, eps, dtype
-            )
+        outputs, mean, rstd = _forward(op, inputs, weight, bias, scales, eps, dtype)
         ctx.save_for_backward(mean, rstd, inputs, weight, bias, *scales)
         ctx.eps, ctx.dtype, ctx.op = eps, dtype, op
         return tuple(outputs)
