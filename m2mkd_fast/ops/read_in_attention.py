@@ -13,6 +13,7 @@ from m2mkd_fast.errors import M2MKDError
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_CHANNELS = 512  # what fits into the registers of a program
+_TRITON_BATCH = 2**16 - 1  # CUDA's limit for the second axis of a grid
 _CACHED = 1 << 18  # scores that a CPU computes at a time: they stay in the second-level cache
 
 
@@ -70,9 +71,11 @@ def read_in_attention(
     tensors = (query, inputs, key_weight, key_scale, value_weight, value_scale, key_bias, value_bias)
     _check(*tensors)
     dtype = _result_dtype(tensors)
-    backend = select_backend("read_in_attention", {"triton": _why_not_triton(inputs, dtype), "torch": None})
-    if backend == "reference" or query.numel() == 0 or inputs.numel() == 0:
+    backend = select_backend("read_in_attention", _reasons(query, inputs, dtype))
+    if backend == "reference":
         return read_in_attention_reference(*tensors)
+    if query.numel() == 0 or inputs.numel() == 0:  # nothing is summed, and of nothing all keys and values are few
+        return read_in_attention_reference(*(None if tensor is None else tensor.to(dtype) for tensor in tensors))
     halved = torch.finfo(dtype).bits < 32
     # Products in half precision are slow and rough on most CPUs; the scales are small, and stay in float32 anywhere.
     product_dtype = torch.float32 if halved and backend == "torch" and inputs.device.type == "cpu" else dtype
@@ -188,14 +191,28 @@ def _result_dtype(tensors: tuple[Tensor | None, ...]) -> torch.dtype:
     return widest
 
 
-def _why_not_triton(inputs: Tensor, dtype: torch.dtype) -> str | None:
+def _reasons(query: Tensor, inputs: Tensor, dtype: torch.dtype) -> dict[str, str | None]:
+    """Batched products can always run, so nothing falls back on the reference and its memory."""
+    reasons = {"triton": _why_not_triton(query, inputs, dtype), "torch": None}
+    # Without the matrix units, which do not multiply float32 exactly, cuBLAS outdoes a kernel that holds rows of
+    # hundreds of channels; and the products follow the user's choice about TF32.
+    return dict(reversed(reasons.items())) if dtype == torch.float32 else reasons
+
+
+def _why_not_triton(query: Tensor, inputs: Tensor, dtype: torch.dtype) -> str | None:
     reason = triton_reason(inputs)
     if reason is not None:
         return reason
     if dtype not in _TRITON_DTYPES:
         return f"the kernel knows float32, bfloat16 and float16, not {dtype}"
-    if inputs.shape[-1] > _TRITON_CHANNELS:
-        return f"the kernel takes up to {_TRITON_CHANNELS} channels, not {inputs.shape[-1]}"
+    _, heads, latents, _ = query.shape
+    batch, tokens, channels = inputs.shape
+    if channels > _TRITON_CHANNELS:
+        return f"the kernel takes up to {_TRITON_CHANNELS} channels, not {channels}"
+    if max(heads * latents, tokens) * channels >= 2**31:
+        return f"the kernel counts with 32 bits: {heads * latents} rows or {tokens} inputs of {channels} are too many"
+    if batch > _TRITON_BATCH:
+        return f"the kernel takes up to {_TRITON_BATCH} images, not {batch}"
     return None
 
 
