@@ -14,7 +14,7 @@ from m2mkd_fast.errors import M2MKDError
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_CHANNELS = 512  # what fits into the registers of a program
 _TRITON_BATCH = 2**16 - 1  # CUDA's limit for the second axis of a grid
-_CACHED = 1 << 18  # scores that a CPU computes at a time: they stay in the second-level cache
+_SCORES = 1 << 21  # that a CPU computes at a time: they bound the memory of inference, and stay in its last cache
 
 
 def read_in_attention(
@@ -324,9 +324,9 @@ class _Chunk:
 
 
 def _chunks(rows: Tensor, tokens: int) -> list[_Chunk]:
-    """Chunks of rows ``[B, U, H, C]``, the first one the largest: on a CPU their scores stay in the cache."""
+    """Chunks of rows ``[B, U, H, C]``, the first one the largest."""
     batch, latents, heads = rows.shape[:3]
-    at_once = max(_CACHED // (heads * tokens), 1) if rows.device.type == "cpu" else batch * latents
+    at_once = max(_SCORES // (heads * tokens), 1) if rows.device.type == "cpu" else batch * latents
     images, part = max(at_once // latents, 1), min(at_once, latents)
     return [
         _Chunk(slice(image, min(image + images, batch)), slice(latent, min(latent + part, latents)))
