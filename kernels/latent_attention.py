@@ -67,12 +67,12 @@ _TILES = {
     },
     (False, True, False): {
         "forward": Tile(128, 64, 1, 8, 2),
-        "receivers": Tile(128, 64, 1, 8, 2),
+        "receivers": Tile(128, 32, 1, 8, 2),
         "senders": Tile(64, 32, 1, 4, 2),
         "affinity": Tile(128, 32, 1, 8, 2),
     },
     (False, True, True): {
-        "forward": Tile(128, 64, 1, 8, 2),
+        "forward": Tile(128, 32, 1, 8, 2),
         "receivers": Tile(64, 64, 1, 4, 2),
         "senders": Tile(32, 32, 1, 4, 2),
         "affinity": Tile(64, 32, 1, 4, 2),
@@ -86,7 +86,7 @@ _TILES = {
     (True, False, True): {
         "forward": Tile(32, 32, 1, 8, 2),
         "receivers": Tile(32, 32, 1, 8, 2),
-        "senders": Tile(16, 32, 1, 8, 2),
+        "senders": Tile(16, 32, 1, 8, 1),
         "affinity": Tile(32, 32, 1, 8, 2),
     },
 }
@@ -500,9 +500,10 @@ def affinity_kernel(
     if not SKIP or tl.max((a != float("-inf")).to(tl.int32)) != 0:
         a *= _LOG2_E
         for step in range(IMAGES * HEADS):
-            image, head = piece * IMAGES + step // HEADS, step % HEADS
-            some, others = receivers, senders
-            if IMAGES > 1:  # beyond the batch there is nothing to read, and nothing to add
+            image, head, some, others = piece, step, receivers, senders
+            if IMAGES > 1:
+                image, head = piece * IMAGES + step // HEADS, step % HEADS
+                # Beyond the batch there is nothing to read, and nothing to add.
                 some, others = tl.where(image < batch, receivers, 0), tl.where(image < batch, senders, 0)
             q = load_rows(
                 query + image * query_image + head * query_head,
@@ -612,16 +613,16 @@ def backward(
     logsumexp: Tensor,
     need_affinity: bool,
     skip_empty_tiles: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, laid out as the messages are; of ``log_affinity``, in its shape and dtype.
 
-    The last one is None where it is not needed, or where there are no affinities.
+    The last one is empty where it is not needed, or where there are no affinities.
     """
     need_affinity = need_affinity and log_affinity is not None
     grad_query, grad_key, grad_value = _empty(query), _empty(key), _empty(value)
     (batch, heads, receivers, width), senders = query.shape, key.shape[2]
     if grad_query.numel() == 0 or grad_key.numel() == 0:
-        grad_affinity = torch.zeros_like(log_affinity) if need_affinity else None
+        grad_affinity = log_affinity.new_zeros(log_affinity.shape) if need_affinity else query.new_empty(0)
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), grad_affinity
     grad_out, query, key, value, out = (_rows(tensor) for tensor in (grad_out, query, key, value, out))
     affinity = _affinities(log_affinity, query)
@@ -630,7 +631,7 @@ def backward(
     tiles = tiles_of(query.dtype, width, _is_hopper(query), receivers, heads)
     skip = skip_empty_tiles and log_affinity is not None
     strides = (*_strides(grad_out, query, key, value), *affinity.stride()[:2])
-    grad_affinity = None
+    grad_affinity = query.new_empty(0)
     with torch.cuda.device_of(query):
         tile = tiles["receivers"]
         receivers_kernel[(batch * (heads // tile.heads) * triton.cdiv(receivers, tile.receivers),)](

@@ -1,0 +1,436 @@
+"""The Triton kernels of latent_attention: on a GPU, and in Triton's interpreter on the CPU.
+
+Triton reads TRITON_INTERPRET when a kernel is defined. So :func:`test_kernels_run_in_the_interpreter` runs this file
+once more in a process of its own, where the tests below it get the device "cpu"; in any other they need a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from m2mkd_fast.ops.latent_attention import latent_attention_reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FUZZ_EXAMPLES = int(os.environ.get("M2MKD_FUZZ_EXAMPLES", "4" if INTERPRETED else "25"))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ["out", "query", "key", "value", "affinity"]
+# batch, heads, receivers, senders, head_dim, dimensions of the affinities (0 for none)
+SHAPES = {
+    "one of each": (1, 1, 1, 1, 16, 2),
+    "affinities of an image": (2, 2, 17, 64, 24, 3),
+    "shared affinities": (3, 1, 5, 70, 32, 2),
+    "no affinities": (1, 2, 9, 65, 16, 0),
+    "many senders": (1, 2, 3, 320, 64, 3),
+    "many receivers": (1, 1, 320, 17, 16, 3),
+    "wide heads": (1, 1, 7, 20, 100, 3),
+}
+PUBLISHED = {
+    "tiny propagator": (128, 6, 256, 320, 64, 3),
+    "tiny propagator, shared affinities": (128, 6, 256, 320, 64, 2),
+    "tiny read-out": (128, 6, 64, 320, 64, 2),
+    "imagenet propagator": (32, 8, 768, 960, 64, 3),
+    "pruned": (32, 8, 100, 292, 64, 3),
+    "uneven": (2, 3, 1000, 1001, 64, 3),
+    "wide heads": (2, 3, 320, 960, 128, 2),
+    "narrow heads": (2, 3, 320, 960, 20, 3),
+    "no affinities": (2, 4, 320, 1000, 64, 0),
+}
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+in_another_process = pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+
+
+@in_another_process
+@pytest.mark.slow
+def test_kernels_run_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "M2MKD_BACKEND": ""}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", ran.stdout).group(1)) >= len(SHAPES) + 20
+
+
+@pytest.fixture(params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def small_tiles(device, monkeypatch) -> None:
+    """Several tiles on both sides, and several sums of images, at sizes that the interpreter can do."""
+    from m2mkd_fast.kernels import latent_attention as kernels
+
+    tiles = {name: kernels.Tile(16, 16, 1 + (name in ("forward", "receivers")), 1, 2) for name in KERNELS}
+    monkeypatch.setattr(kernels, "_TILES", dict.fromkeys(kernels._TILES, tiles))
+    monkeypatch.setattr(kernels, "_PROGRAMS", 4)
+
+
+def random_tensors(
+    batch: int, heads: int, receivers: int, senders: int, width: int, affinity: int, dtype=torch.float32, device="cpu"
+) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    """Query, key and value as views of [B, N, H * D]; log affinities with a third of the edges; a gradient of out.
+
+    The first receiver has no edge, and between the others and the last senders there is none either.
+    """
+    generator = torch.Generator().manual_seed(batch + 10 * heads + 100 * receivers + 1000 * senders + width)
+    tensors = [
+        torch.randn(batch, latents, heads, width, generator=generator).to(device, dtype).transpose(1, 2)
+        for latents in (receivers, senders, senders, receivers)
+    ]
+    if affinity == 0:
+        return tensors[:3], None, tensors[3]
+    shape = (batch, receivers, senders)[-affinity:]
+    log_affinity = torch.randn(shape, generator=generator) - 1
+    log_affinity[torch.rand(shape, generator=generator) < 2 / 3] = -math.inf
+    if receivers > 1:
+        log_affinity[..., 0, :] = -math.inf
+    log_affinity[..., senders - senders // 4 :] = -math.inf
+    return tensors[:3], log_affinity.to(device), tensors[3]
+
+
+def on_triton(
+    tensors: list[Tensor], log_affinity: Tensor | None, grad_out: Tensor, skip_empty_tiles: bool = False
+) -> list[Tensor]:
+    """Messages and all gradients of the kernels."""
+    from m2mkd_fast.kernels import latent_attention as kernels
+
+    out, logsumexp = kernels.forward(*tensors, log_affinity, skip_empty_tiles)
+    gradients = kernels.backward(grad_out, *tensors, log_affinity, out, logsumexp, True, skip_empty_tiles)
+    return [out, *gradients[: 3 if log_affinity is None else 4]]
+
+
+def on_reference(tensors: list[Tensor], log_affinity: Tensor | None, grad_out: Tensor) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in (*tensors, log_affinity) if tensor is not None]
+    out = latent_attention_reference(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
+
+
+def in_double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """What rounding may do to a number: a few times in float32, once, at the end, in a half precision.
+
+    Triton's interpreter does not round to the nearest number but cuts off.
+    """
+    eps = torch.finfo(dtype).eps
+    return 4 * eps if dtype == torch.float32 else eps / (1 if INTERPRETED else 2)
+
+
+def assert_as_exact_as_pytorch(
+    tensors: list[Tensor], log_affinity: Tensor | None, grad_out: Tensor, skip_empty_tiles: bool = False
+) -> None:
+    """At most twice (messages) or three times (gradients) PyTorch's error at this precision, plus what rounding may do.
+
+    On small tensors PyTorch's largest error can be much below that by luck.
+    """
+    found = on_triton(tensors, log_affinity, grad_out, skip_empty_tiles)
+    same = on_reference(tensors, log_affinity, grad_out)
+    *double, double_grad = in_double(*tensors, log_affinity, grad_out)
+    exact = on_reference(double[:3], double[3], double_grad)
+    for name, ours, theirs, truth in zip(NAMES, found, same, exact, strict=False):
+        assert ours.dtype == theirs.dtype, name
+        assert ours.shape == truth.shape, name
+        assert ours.isfinite().all(), name
+        error, allowed = (ours.double() - truth).abs().max(), (theirs.double() - truth).abs().max()
+        limit = (2 if name == "out" else 3) * allowed + rounding_of(ours.dtype) * truth.abs().max()
+        assert error <= limit, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}, limit {limit:.2e}"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_error_is_pytorchs(shape, device):
+    assert_as_exact_as_pytorch(*random_tensors(*shape, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", ["affinities of an image", "no affinities", "shared affinities"])
+def test_error_is_pytorchs_in_half_precision(shape, dtype, device):
+    assert_as_exact_as_pytorch(*random_tensors(*SHAPES[shape], dtype, device))
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["all tiles", "tiles with edges"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 2, 20, 40, 16, 3), torch.float32), ((5, 3, 17, 33, 8, 2), torch.bfloat16)],
+    ids=["two heads", "three heads, shared affinities"],
+)
+def test_error_is_pytorchs_with_many_tiles(shape, dtype, skip, device, small_tiles):
+    assert_as_exact_as_pytorch(*random_tensors(*shape, dtype, device), skip)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skip", [False, True], ids=["all tiles", "tiles with edges"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_error_is_pytorchs_at_full_size(shape, dtype, skip):
+    if dtype == torch.float32:
+        shape = (min(shape[0], 8), *shape[1:])
+    assert_as_exact_as_pytorch(*random_tensors(*shape, dtype, "cuda"), skip)
+
+
+@given(data=st.data())
+@settings(max_examples=FUZZ_EXAMPLES, deadline=None)
+def test_latent_attention_triton_fuzz(data, device_of_fuzz):
+    largest = 40 if INTERPRETED else 200
+    batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    receivers, senders = data.draw(st.integers(1, largest)), data.draw(st.integers(1, largest))
+    shape = (batch, heads, receivers, senders, data.draw(st.integers(1, 40)), data.draw(st.sampled_from([0, 2, 3])))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    tensors, log_affinity, grad_out = random_tensors(*shape, dtype, device_of_fuzz)
+    if log_affinity is not None and data.draw(st.booleans()):
+        log_affinity = log_affinity.to(data.draw(st.sampled_from(DTYPES)))
+    assert_as_exact_as_pytorch(tensors, log_affinity, grad_out, data.draw(st.booleans()))
+
+
+@pytest.fixture(scope="session", params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
+def device_of_fuzz(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_logsumexp(device):
+    from m2mkd_fast.kernels import latent_attention as kernels
+
+    (query, key, value), log_affinity, _ = random_tensors(1, 2, 5, 70, 16, 3, device=device)
+    _, found = kernels.forward(query, key, value, log_affinity, False)
+    expected = (query @ key.mT / 4 + log_affinity.unsqueeze(1)).logsumexp(-1)
+    assert found.dtype == torch.float32
+    assert (expected[..., 0] == -math.inf).all()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_receivers_without_edges_get_zeros(skip, device):
+    tensors, log_affinity, grad_out = random_tensors(2, 2, 6, 9, 16, 3, device=device)
+    for cut in (log_affinity, torch.full_like(log_affinity, -math.inf)):
+        out, grad_query, grad_key, grad_value, grad_affinity = on_triton(tensors, cut, grad_out, skip)
+        empty = (cut == -math.inf).all(-1)[:, None].expand(2, 2, 6)
+        assert empty.any()
+        assert (out[empty] == 0).all()
+        assert (grad_query[empty] == 0).all()
+        assert (grad_affinity[cut == -math.inf] == 0).all()
+        heard = (cut != -math.inf).any(-2)[:, None].expand(2, 2, 9)
+        assert (grad_key[~heard] == 0).all()
+        assert (grad_value[~heard] == 0).all()
+    assert empty.all()
+
+
+def test_skipped_tiles_change_no_bit(device, small_tiles):
+    tensors, log_affinity, grad_out = random_tensors(1, 2, 20, 40, 16, 2, device=device)
+    log_affinity[:, 16:32] = -math.inf
+    full, skipped = (on_triton(tensors, log_affinity, grad_out, skip) for skip in (False, True))
+    for name, ours, theirs in zip(NAMES, skipped, full, strict=True):
+        if INTERPRETED:
+            assert torch.equal(ours, theirs), name
+        else:  # two programs for the compiler, which may contract products and sums differently
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_not_a_number_is_not_skipped(device):
+    tensors, log_affinity, grad_out = random_tensors(1, 2, 6, 9, 16, 2, device=device)
+    log_affinity[:] = -math.inf
+    log_affinity[2, 3] = math.nan
+    out, grad_query, *_ = on_triton(tensors, log_affinity, grad_out, True)
+    for found in (out, grad_query):
+        rows = found.isnan().all(-1)
+        assert rows[:, :, 2].all()
+        assert not rows[:, :, [0, 1, 3, 4, 5]].any()
+
+
+def test_large_scores(device):
+    """Exponentials of scores of a thousand are infinite; those of their differences are not."""
+    (query, key, value), log_affinity, grad_out = random_tensors(1, 2, 5, 70, 16, 3, device=device)
+    assert_as_exact_as_pytorch([300 * query, key, value], log_affinity - 500, grad_out)
+
+
+def test_repeats_bit_for_bit(device, small_tiles):
+    for affinity in (2, 3):
+        tensors, log_affinity, grad_out = random_tensors(5, 2, 20, 33, 16, affinity, torch.bfloat16, device)
+        first = on_triton(tensors, log_affinity, grad_out)
+        for _ in range(1 if INTERPRETED else 50):
+            again = on_triton(tensors, log_affinity, grad_out)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, first, strict=True))
+
+
+@pytest.mark.gpu
+def test_repeats_bit_for_bit_at_full_size():
+    for shape in ("tiny propagator", "tiny propagator, shared affinities"):
+        arguments = random_tensors(*PUBLISHED[shape], torch.bfloat16, "cuda")
+        first = on_triton(*arguments)
+        for _ in range(20):
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(on_triton(*arguments), first, strict=True))
+
+
+def test_strides(device):
+    (query, key, value), log_affinity, grad_out = random_tensors(2, 2, 5, 9, 16, 2, device=device)
+    expected = on_triton([query, key, value], log_affinity, grad_out)
+    for tensor in expected[:4]:
+        assert tensor.transpose(1, 2).is_contiguous()  # [B, N, H, D] in memory
+    packed = torch.cat([key, value], dim=-1)
+    spread = [query.contiguous(), packed[..., :16], packed[..., 16:]]
+    turned = grad_out.mT.contiguous().mT  # the last dimension is not contiguous
+    repeated = log_affinity.repeat_interleave(2, -1)[:, ::2]
+    for affinity in (log_affinity, repeated, log_affinity.expand(2, -1, -1)):
+        found = on_triton(spread, affinity, turned)
+        for name, ours, theirs in zip(NAMES[:4], found, expected, strict=False):
+            assert torch.equal(ours, theirs), name
+        assert found[4].shape == affinity.shape
+        torch.testing.assert_close(found[4] if affinity.dim() == 2 else found[4].sum(0), expected[4])
+    ones = torch.ones((), device=device).expand_as(grad_out)
+    for ours, theirs in zip(
+        on_triton(spread, log_affinity, ones), on_triton(spread, log_affinity, ones.contiguous()), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_affinities_in_half_precision(dtype, device):
+    tensors, log_affinity, grad_out = random_tensors(2, 1, 5, 9, 16, 2, device=device)
+    log_affinity = log_affinity.to(dtype)
+    found = on_triton(tensors, log_affinity, grad_out)
+    expected = on_triton(tensors, log_affinity.float(), grad_out)
+    assert found[4].dtype == dtype
+    torch.testing.assert_close(found[4].float(), expected[4], rtol=2 * rounding_of(dtype), atol=1e-7)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[:4], expected, strict=False))
+
+
+def test_gradient_of_affinities_is_computed_on_demand(device, monkeypatch):
+    from m2mkd_fast.kernels import latent_attention as kernels
+
+    tensors, log_affinity, grad_out = random_tensors(1, 2, 5, 9, 16, 2, device=device)
+    expected = on_triton(tensors, log_affinity, grad_out)
+    out, logsumexp = kernels.forward(*tensors, log_affinity, False)
+    monkeypatch.setattr(kernels, "affinity_kernel", None)
+    *found, none = kernels.backward(grad_out, *tensors, log_affinity, out, logsumexp, False, False)
+    assert none.numel() == 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected[1:], strict=False))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4, 16, 2), (2, 2, 0, 4, 16, 3), (2, 2, 3, 0, 16, 2), (2, 0, 3, 4, 16, 3)])
+def test_nothing_to_compute(shape, device):
+    tensors, log_affinity, grad_out = random_tensors(*shape, device=device)
+    found = on_triton(tensors, log_affinity, grad_out)
+    for name, tensor, like in zip(NAMES, found, [grad_out, *tensors, log_affinity], strict=True):
+        assert tensor.shape == like.shape, name
+        assert (tensor == 0).all(), name
+
+
+def test_blocks_are_no_larger_than_the_receivers():
+    from m2mkd_fast.kernels import latent_attention as kernels
+
+    assert kernels.tiles_of(torch.bfloat16, 64, True, 65, 8)["forward"] == (128, 64, 2, 8, 2)
+    assert kernels.tiles_of(torch.bfloat16, 64, True, 64, 8)["forward"] == (64, 64, 2, 4, 2)
+    assert kernels.tiles_of(torch.bfloat16, 64, True, 1, 3)["forward"] == (64, 64, 1, 4, 2)
+    assert kernels.images_of(128, 256, 320, kernels.Tile(128, 64, 1, 8, 2)) == 1
+    assert kernels.images_of(1024, 256, 320, kernels.Tile(128, 64, 1, 8, 2)) == 16
+
+
+KERNELS = ("forward", "receivers", "senders", "affinity")
+ELEMENT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}
+# What a program may take: 227 KiB on sm_90; 99 KiB fits all others from sm_80 on.
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
+
+
+@in_another_process
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_kernels_compile_without_spills(architecture, kernel, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    tiny, imagenet, half = (128, 6, 256, 320, 64), (32, 8, 768, 960, 64), torch.bfloat16
+    cases = [(half, tiny, {}), (torch.float16, imagenet, {}), (half, imagenet, {"skip": True})]
+    cases += [(half, (128, 6, 64, 320, 64), {"shared": True}), (half, (32, 8, 100, 291, 64), {})]
+    cases += [(half, (1, 1, 1, 1, 64), {}), (half, imagenet, {"affinity": half, "images": 4, "shared": True})]
+    cases += [(torch.float32, tiny, {}), (torch.float32, (2, 3, 1000, 1001, 64), {"skip": True})]
+    cases += [(half, (2, 3, 320, 960, 128), {}), (torch.float32, (2, 3, 320, 960, 128), {})]
+    if kernel != "affinity":
+        cases.append((half, imagenet, {"affinity": None}))
+    for dtype, shape, options in cases:
+        used = resource_usage(kernel, dtype, *shape, architecture=architecture, folder=tmp_path, **options)
+        assert used["STACK"] == used["LOCAL"] == 0, (dtype, shape, options, used)
+        assert used["SHARED"] <= SHARED_MEMORY[architecture], (dtype, shape, options, used)
+    # The bytes that a misaligned row of 20 numbers costs are spilled in one kernel at most.
+    used = resource_usage(kernel, half, 128, 6, 256, 320, 20, architecture=architecture, folder=tmp_path)
+    assert used["STACK"] <= (32 if kernel == "affinity" else 0), used
+
+
+def resource_usage(
+    name: str,
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    receivers: int,
+    senders: int,
+    width: int,
+    *,
+    architecture: int,
+    folder: Path,
+    affinity: torch.dtype | None = torch.float32,
+    shared: bool = False,
+    images: int = 1,
+    skip: bool = False,
+) -> dict[str, int]:
+    """Registers and bytes of stack, shared and local memory of a kernel, compiled as a call would compile it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from m2mkd_fast.kernels import latent_attention as kernels
+
+    kernel = getattr(kernels, f"{name}_kernel")
+    tile = kernels.tiles_of(dtype, width, architecture == 90, receivers, heads)[name]
+    constants: dict[str, Any] = kernels._sizes(width, tile, senders, skip)
+    options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+    constants |= {
+        "SENDER_TILES": triton.cdiv(senders, tile.senders),
+        "RECEIVER_TILES": triton.cdiv(receivers, tile.receivers),
+        "HEADS": heads if name == "affinity" else tile.heads,
+        "HAS_AFFINITY": affinity is not None,
+        "IMAGES": images,
+    }
+    numbers = {"batch": batch, "heads": heads, "receivers": receivers, "senders": senders}
+    numbers |= {"affinity_image": 0 if shared else receivers * senders, "affinity_row": senders}
+    lengths = {"query": receivers, "grad_out": receivers, "out": receivers, "key": senders, "value": senders}
+    for tensor, length in lengths.items():
+        strides = {"image": length * heads * width, "head": width, "row": heads * width}
+        numbers |= {f"{tensor}_{part}": stride for part, stride in strides.items()}
+    constants |= {number: 1 for number, value in numbers.items() if value == 1}
+    constants = {constant: value for constant, value in constants.items() if constant in kernel.arg_names}
+    types = dict.fromkeys(("logsumexp", "delta", "grad_affinity"), "*fp32") | {"scale": "fp32"}
+    types |= {"affinity": f"*{ELEMENT[affinity]}"} | dict.fromkeys(numbers, "i32")
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, f"*{ELEMENT[dtype]}")
+        for argument in kernel.arg_names
+    }
+    attributes = {
+        (position,): [["tt.divisibility", 16]]
+        for position, argument in enumerate(kernel.arg_names)
+        if signature[argument].startswith("*") or (argument in numbers and numbers[argument] % 16 == 0)
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options=options,
+    )
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    found = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    assert len(found) == 3, text
+    # Triton asks for shared memory at launch, so the binary does not say.
+    return {**found, "SHARED": compiled.metadata.shared}
