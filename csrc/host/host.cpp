@@ -1,11 +1,13 @@
 // m2mkd_fast._host: facts about this build and this processor, for `python -m m2mkd_fast.info` and for run-time
-// dispatch.
+// dispatch; and what runs on the host alone (pack_tiles.cpp).
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
 #include <string>
+
+void define_pack_tiles(pybind11::module_& m);  // pack_tiles.cpp
 
 namespace {
 
@@ -55,7 +57,8 @@ std::map<std::string, bool> cpu_facts() {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Facts about this build and this processor.";
+  m.doc() = "Facts about this build and this processor, and graph tools.";
   m.def("build_facts", &build_facts, "What built the extension modules, and with which options.");
   m.def("cpu_facts", &cpu_facts, "Instruction sets that the processor offers.");
+  define_pack_tiles(m);
 }
