@@ -92,15 +92,46 @@ def _split(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from m2mkd_fast.pipeline.config import load_config
-    from m2mkd_fast.pipeline.workbench import Workbench
-
-    path = Path(options.run) / "config.yaml"
-    if not path.is_file():
-        raise M2MKDError(f"{options.run} is no run folder (it has no config.yaml); make one with m2mkd run CONFIG")
-    bench = Workbench(load_config(path), Path(options.run))
+    bench = _finished(options.run)
     for name, value in bench.accuracies(bench.step_model(options.step)).items():
         print(f"{options.step} {name.replace('_', ' ')}: {value:.2f} %")
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from m2mkd_fast.data import eval_batches
+    from m2mkd_fast.pipeline.environment import environment
+    from m2mkd_fast.pipeline.pruning import pruning_frontier
+    from m2mkd_fast.report import write_frontier
+
+    if options.batch_size < 1:
+        raise M2MKDError(f"--batch-size is {options.batch_size}; a pass needs at least 1 image")
+    bench = _finished(options.run)
+    model = bench.step_model(options.step).to(bench.execution.accelerator.device)
+    batches = list(eval_batches(bench.dataset.splits["test"], 256))
+    images = batches[0][0][: options.batch_size]
+    points = pruning_frontier(
+        model, batches, options.keep, keep_inputs=options.keep_inputs, latency_images=images, rounds=options.rounds
+    )
+    title = f"Mediators removed from {options.step}, batch {len(images)}"
+    measured = {"step": options.step, "batch_size": len(images), "threads": torch.get_num_threads()}
+    table = Table(title=title)
+    for heading in ("keep", "mediators", "inputs", "accuracy (%)", "latency (ms)", "speedup"):
+        table.add_column(heading, justify="right")
+    for point in points:
+        latency, speedup = f"{point.latency_ms:.2f}", f"{point.speedup:.2f}"
+        counts = str(point.keep), str(point.mediators), str(point.inputs)
+        table.add_row(*counts, f"{point.accuracy:.2f}", latency, speedup)
+    Console().print(table)
+    for path in write_frontier(
+        Path(options.run), [asdict(point) for point in points], {"title": title, **measured, **environment()}
+    ):
+        print(path)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -117,6 +148,22 @@ def _info(options: argparse.Namespace) -> None:
     from m2mkd_fast.info import main as info
 
     info([])
+
+
+def _finished(run: str):
+    """The tools of a run that is there already."""
+    from m2mkd_fast.pipeline.config import load_config
+    from m2mkd_fast.pipeline.workbench import Workbench
+
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise M2MKDError(f"{run} is no run folder (it has no config.yaml); make one with m2mkd run CONFIG")
+    return Workbench(load_config(path), Path(run))
+
+
+def _share(text: str) -> float | int:
+    """A number of latents where there is no decimal point, else a fraction."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _config(options: argparse.Namespace):
@@ -158,6 +205,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("eval", _eval, "Evaluate what a step of a run made.")
     sub.add_argument("run", metavar="RUN", help="run folder")
     sub.add_argument("--step", default="m2mkd/e2e", help="for example teacher, meta, scratch/e2e (default m2mkd/e2e)")
+    sub = command("prune", _prune, "Show a circuit's accuracy and latency without its least connected latents.")
+    sub.add_argument("run", metavar="RUN", help="run folder; gets pruning.json and pruning.png")
+    sub.add_argument("--step", default="m2mkd/e2e", help="a step that made a circuit (default m2mkd/e2e)")
+    text = "mediators to keep, each a fraction (0.25) or a number (16)"
+    sub.add_argument("--keep", type=_share, nargs="+", default=[1.0, 0.75, 0.5, 0.25, 0.125], metavar="K", help=text)
+    sub.add_argument("--keep-inputs", type=_share, default=1.0, metavar="K", help="input latents to keep (default 1.0)")
+    sub.add_argument("--batch-size", type=int, default=1, metavar="N", help="images a timed pass (default 1)")
+    sub.add_argument("--rounds", type=int, default=20, metavar="N", help="timed passes (default 20)")
     sub = command("report", _report, "Write the report of a run, or of several that differ in their seed.")
     sub.add_argument("run", metavar="RUN", nargs="+", help="run folder")
     sub.add_argument("--output", metavar="FOLDER", help="where the report goes (default: the run folder)")

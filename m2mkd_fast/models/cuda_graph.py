@@ -63,7 +63,7 @@ class CapturedInference:
                 f"this graph was captured for {_described(self._input)}, but got {_described(inputs)}; fill up the "
                 "batch to the captured size, or capture another graph for this one"
             )
-        self._input.copy_(inputs, non_blocking=True)
+        self._input.copy_(inputs)
         self._graph.replay()
         return self._output.clone()
 

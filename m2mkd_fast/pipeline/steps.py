@@ -24,6 +24,7 @@ from m2mkd_fast.modules.state import save_module
 from m2mkd_fast.nn.vision_moe import expert_load
 from m2mkd_fast.pipeline.config import TrainingConfig
 from m2mkd_fast.pipeline.files import exclusive, write_json
+from m2mkd_fast.pipeline.learned_graph import save_learned_graph
 from m2mkd_fast.pipeline.plan import Step
 from m2mkd_fast.pipeline.progress import Progress
 from m2mkd_fast.pipeline.training import Evaluate, FitResult, fit
@@ -185,7 +186,8 @@ def _end_to_end(work: _Work) -> dict[str, Any]:
         task = SupervisedTask(model, training.label_smoothing)
     fitted = work.fit(task, training, bench.accuracies)
     metrics = bench.accuracies(model) | cold
-    return work.finish(model, fitted, metrics, expert_load=expert_load(model))
+    density = save_learned_graph(bench.step_folder(work.step.name), model)
+    return work.finish(model, fitted, metrics, expert_load=expert_load(model), graph_density=density)
 
 
 def baseline_training(config: Any, slots: int) -> TrainingConfig:

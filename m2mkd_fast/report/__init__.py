@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from m2mkd_fast.report.frontier import write_frontier
     from m2mkd_fast.report.results import collect_results
     from m2mkd_fast.report.run_folder import read_run
     from m2mkd_fast.report.terminal import summary_table
@@ -18,10 +19,11 @@ _HOME = {
     "collect_results": "m2mkd_fast.report.results",
     "read_run": "m2mkd_fast.report.run_folder",
     "summary_table": "m2mkd_fast.report.terminal",
+    "write_frontier": "m2mkd_fast.report.frontier",
     "write_report": "m2mkd_fast.report.write",
 }
 
-__all__ = ["collect_results", "read_run", "summary_table", "write_report"]
+__all__ = ["collect_results", "read_run", "summary_table", "write_frontier", "write_report"]
 
 
 def __getattr__(name: str) -> object:

@@ -85,6 +85,11 @@ def write_markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
         if name in pictures:
             sections += [title] if title else []
             sections.append(_picture(name, pictures))
+    density = _graph_section(results)
+    if density or "learned_graph.png" in pictures:
+        sections.append("## Learned graph")
+        sections += [_picture("learned_graph.png", pictures)] if "learned_graph.png" in pictures else []
+        sections += [density] if density else []
     missing = [(run["folder"], sentence) for run in results["runs"] for sentence in run["missing"]]
     sections.append("## Missing")
     if missing:
@@ -242,6 +247,23 @@ def _pairs_section(results: dict[str, Any]) -> str:
         rows.append([*row, accuracy_text(pair["test_accuracy"])])
     text = "Losses and gradient shares are means over the last tenth of the logged steps."
     return f"{text}\n\n{_table(*_without_single(heads, rows))}"
+
+
+def _graph_section(results: dict[str, Any]) -> str | None:
+    rows = []
+    for run, accuracy in zip(results["runs"], results["accuracy"]["runs"], strict=True):
+        for step, layers in accuracy["graph_density"].items():
+            for layer in layers:
+                row = [run["folder"], step, layer["layer"], f"{layer['receivers']} x {layer['senders']}"]
+                for links, tiles in (("edges", "tiles"), ("probable_edges", "probable_tiles")):
+                    row += [_percent_text(layer[links]), " / ".join(map(_percent_text, layer[tiles].values()))]
+                rows.append([*row, str(layer["receivers_without_sender"])])
+    if not rows:
+        return None
+    sizes = " / ".join(layer["tiles"])
+    heads = ["run", "step", "layer", "receivers x senders", "links (%)", f"tiles of {sizes} with a link (%)"]
+    heads += ["links of probability 1/2 (%)", "tiles with such a link (%)", "receivers without sender"]
+    return _table(*_without_single(heads, rows))
 
 
 def _without_single(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

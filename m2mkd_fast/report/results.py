@@ -1,9 +1,10 @@
 """The report's content as one JSON-able dictionary with the same keys for every run.
 
 `results["accuracy"]` holds what a repeated run with the same seed must find again bit for bit (accuracies, losses,
-expert load, numbers of steps) and nothing that depends on the machine; `results["cost"]` holds FLOPs and seconds. Lists
-called `runs` have one entry per run folder, in the order given. A statistic over runs is `{"mean", "min", "max",
-"values"}`, or None where no run has the value; a single run has the same keys with its one value.
+expert load, density of a learned graph, numbers of steps) and nothing that depends on the machine; `results["cost"]`
+holds FLOPs and seconds. Lists called `runs` have one entry per run folder, in the order given. A statistic over runs is
+`{"mean", "min", "max", "values"}`, or None where no run has the value; a single run has the same keys with its one
+value.
 """
 
 from __future__ import annotations
@@ -93,10 +94,9 @@ def accuracy_of_run(run: Run) -> dict[str, Any]:
         "arms": {arm: _accuracy_of_arm(run, arm) for arm in ARMS},
         "hybrids": _hybrids(run, teacher_accuracy),
         "pairs": {arm: [_pair(step) for step in run.pairs(arm)] for arm in MODULE_ARMS},
-        "expert_load": {
-            name: step.result["expert_load"]
-            for name, step in run.steps.items()
-            if step.result and step.result.get("expert_load")
+        **{
+            key: {name: step.result[key] for name, step in run.steps.items() if step.result and step.result.get(key)}
+            for key in ("expert_load", "graph_density")
         },
     }
 

@@ -43,7 +43,7 @@ class LayerLinks(NamedTuple):
 
 
 class Connectivity(NamedTuple):
-    """Expected degrees of the latents, ``[U]`` in float64; see :func:`connectivity`."""
+    """How much every latent connects inputs with outputs, float64 ``[U]`` of each set; see :func:`connectivity`."""
 
     input_latents: Tensor
     mediator_latents: Tensor
@@ -115,30 +115,44 @@ def layer_links(model: nn.Module) -> list[LayerLinks]:
 
 
 def connectivity(model: nn.Module) -> Connectivity:
-    r"""Expected degree of every input and mediator latent: how many receivers it is linked to, over all layers.
+    r"""How much each latent connects the input latents with the output latents: the weight of all paths through it.
+
+    A receiver's attention shares are :math:`a_{uv} = p_{uv} / \sum_w p_{uw}` as far as the graph decides: what the
+    softmax gives where all scores of queries and keys are equal. With :math:`A_l` the shares of propagator l
+    among mediators, :math:`B_l` those of the inputs, :math:`C` the output latents' mean share, and states that are
+    carried on by the residual,
 
     .. math::
-        s_v = \sum_{\text{layers}} \sum_{u \ne v} p_{uv}
+        m_l &= B_l 1 + A_l x_l, & x_{l+1} &= x_l + m_l, & x_0 &= 0
+            && \text{what arrives from the inputs} \\
+        y_l &= y_{l+1} + A_l^T y_{l+1}, & y_L &= C && && \text{how much the outputs hear of it}
 
-    p being the layer's link probability, with its own bandwidth and truncation, and u its receivers: other mediators in
-    a propagator, output latents in the read-out. Where edges are sampled this is the expected number of edges that
-    carry the latent's messages away. The kernel is symmetric, so in a propagator a mediator hears what it is heard by.
-    Nobody hears a latent with s = 0: logits do not depend on it.
+    a mediator's score is :math:`\sum_l m_l \, y_{l+1}` and an input's :math:`C + \sum_l B_l^T y_{l+1}`. A mediator
+    between inputs and outputs scores high; one amid many links of its own kind, whose neighbours could stand in for
+    it, does not, unlike with a node's degree. 0 says that nothing gets from the inputs to the outputs through a latent.
 
     Raises:
         M2MKDError: the model is no circuit.
     """
-    layers = layer_links(model)
-    graph = circuit_graph(model)
-    inputs = layers[0].probability.new_zeros(graph.input_latents.num_latents)
-    mediators = inputs.new_zeros(graph.mediator_latents.num_latents)
-    for layer in layers:
-        from_inputs, from_mediators = layer.probability.tensor_split([layer.num_inputs], dim=1)
-        mediators += from_mediators.sum(dim=0)
-        if layer.name != "read_out":
-            mediators -= from_mediators.diagonal()
+    *propagators, read_out = layer_links(model)
+    arrived = torch.zeros(read_out.probability.shape[1] - read_out.num_inputs, dtype=torch.float64)
+    messages = []
+    for layer in propagators:
+        from_inputs, from_mediators = _attention_shares(layer)
+        messages.append(from_inputs.sum(dim=1) + from_mediators @ arrived)
+        arrived = messages[-1] + arrived if layer.attention.include_residual else messages[-1]
+    num_inputs = circuit_graph(model).input_latents.num_latents
+    from_inputs, from_mediators = _attention_shares(read_out)
+    inputs = from_inputs.mean(dim=0) if read_out.num_inputs else arrived.new_zeros(num_inputs)
+    heard = from_mediators.mean(dim=0)
+    mediators = torch.zeros_like(heard)
+    for layer, message in zip(reversed(propagators), reversed(messages), strict=True):
+        from_inputs, from_mediators = _attention_shares(layer)
+        mediators += message * heard
         if layer.num_inputs:
-            inputs += from_inputs.sum(dim=0)
+            inputs = inputs + from_inputs.T @ heard
+        passed_on = from_mediators.T @ heard
+        heard = passed_on + heard if layer.attention.include_residual else passed_on
     return Connectivity(inputs, mediators)
 
 
@@ -224,6 +238,12 @@ def plan_tiles(model: nn.Module, below: float = 0.5) -> dict[str, bool]:
     for layer in layers:
         layer.attention.skip_empty_tiles = sparse[id(layer.attention)]
     return {layer.name: layer.attention.skip_empty_tiles for layer in layers}
+
+
+def _attention_shares(layer: LayerLinks) -> tuple[Tensor, Tensor]:
+    """Rows of probability made to sum to one, of the inputs and of the mediators; a row without any stays zero."""
+    total = layer.probability.sum(dim=1, keepdim=True)
+    return (layer.probability / total.masked_fill(total == 0, 1.0)).tensor_split([layer.num_inputs], dim=1)
 
 
 def _links(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,20 @@ from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.nac.circuit import NeuralAttentiveCircuit
 from m2mkd_fast.models.nac.links import LayerLinks, layer_links, tile_counts
 from m2mkd_fast.models.nac.pruning import with_latents
+
+
+class OrderedLinks(NamedTuple):
+    """The learned graph as one matrix; see :func:`ordered_links`.
+
+    Attributes:
+        links: float64 ``[mediators + outputs, inputs + mediators]``, receivers by senders.
+        num_inputs: columns of input latents.
+        num_mediators: rows, and columns after the inputs', of mediators.
+    """
+
+    links: np.ndarray
+    num_inputs: int
+    num_mediators: int
 
 
 def cluster_order(weights: np.ndarray) -> np.ndarray:
@@ -82,16 +97,46 @@ def reorder_latents(model: NeuralAttentiveCircuit, tile: int = 64) -> NeuralAtte
     Raises:
         M2MKDError: the model is no circuit, or a tile of another size.
     """
-    layers = layer_links(model)
-    edges = np.any([layer.edges[:, layer.num_inputs :] for layer in layers if layer.name != "read_out"], axis=0)
-    order = tile_order(edges | edges.T, tile, mean_mediator_links(layers))
+    *propagators, _ = layer_links(model)
+    edges = np.any([layer.edges[:, layer.num_inputs :] for layer in propagators], axis=0)
+    order = tile_order(edges | edges.T, tile, mean_mediator_links(propagators))
     return with_latents(model, mediators=torch.from_numpy(order))
 
 
-def mean_mediator_links(layers: Sequence[LayerLinks]) -> np.ndarray:
+def ordered_links(model: NeuralAttentiveCircuit) -> OrderedLinks:
+    """Link probabilities of the whole circuit, for the eye: mediators by cluster, the others beside what they link to.
+
+    Mediators stand in the :func:`cluster_order` of their links, inputs and outputs each by the mean place of the
+    mediators they are linked to. Of the propagators the mean is taken, links of inputs among those they send to.
+
+    Raises:
+        M2MKDError: the model is no circuit.
+    """
+    *propagators, read_out = layer_links(model)
+    between = mean_mediator_links(propagators)
+    order = cluster_order(between)
+    heard = [layer.probability[:, : layer.num_inputs] for layer in propagators if layer.num_inputs]
+    inputs = torch.stack(heard).mean(dim=0).numpy()[order]
+    outputs = read_out.probability.numpy()
+    num_inputs, num_mediators = inputs.shape[1], len(order)
+    to_outputs = outputs[:, read_out.num_inputs :][:, order]
+    from_inputs = outputs[:, : read_out.num_inputs] if read_out.num_inputs else np.zeros((len(outputs), num_inputs))
+    columns, rows = _by_mean_place(inputs.T), _by_mean_place(to_outputs)
+    links = np.block([[inputs[:, columns], between[np.ix_(order, order)]], [from_inputs[:, columns], to_outputs]])
+    links[num_mediators:] = links[num_mediators:][rows]
+    return OrderedLinks(links, num_inputs, num_mediators)
+
+
+def mean_mediator_links(propagators: Sequence[LayerLinks]) -> np.ndarray:
     """Link probability between mediators, the mean over the propagators: ``[U, U]``."""
-    links = [layer.probability[:, layer.num_inputs :] for layer in layers if layer.name != "read_out"]
+    links = [layer.probability[:, layer.num_inputs :] for layer in propagators]
     return torch.stack(links).mean(dim=0).numpy()
+
+
+def _by_mean_place(links: np.ndarray) -> np.ndarray:
+    """Order of the rows by the mean column of their links; rows without any come first."""
+    total = np.maximum(links.sum(axis=1), np.finfo(float).tiny)
+    return np.argsort((links @ np.arange(links.shape[1])) / total, kind="stable")
 
 
 def _square(matrix: np.ndarray) -> np.ndarray:

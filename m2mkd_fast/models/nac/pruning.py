@@ -28,7 +28,7 @@ def prune_latents(
     Layers have the same weights for all latents, so a latent is nothing but its signature, its codes and its initial
     state. These are taken out, and the rest computes as before on smaller matrices: the time of propagators and
     read-out falls with the number of mediators, without any sparse kernel. Nothing is trained. Logits change as far as
-    removed latents were heard; removing those that nobody hears (score 0) changes none.
+    removed latents were heard; removing those that nobody hears changes none.
 
     The copy's ``state_dict`` loads into a circuit built with the smaller ``num_mediator_latents`` and
     ``num_input_latents`` (and ``fit_signatures=False``: a graph preset has a number of nodes of its own). An optimizer
@@ -39,8 +39,9 @@ def prune_latents(
         keep: how many mediators stay: a fraction as a float, ``0 < keep <= 1``, rounded to the nearest number and at
             least one latent; or a number as an int.
         keep_inputs: how many input latents stay, likewise.
-        score: ``[num_mediator_latents]``, high for what stays; by default the expected degree, see
-            :func:`~m2mkd_fast.models.nac.links.connectivity`. Of equal scores the earlier latents stay.
+        score: ``[num_mediator_latents]``, high for what stays; by default the weight of all paths from inputs to
+            outputs through a mediator, see :func:`~m2mkd_fast.models.nac.links.connectivity`. Of equal scores the
+            earlier latents stay.
         input_score: ``[num_input_latents]``, likewise.
 
     Raises:
