@@ -109,17 +109,15 @@ def _prune(options: argparse.Namespace) -> None:
     from m2mkd_fast.pipeline.pruning import pruning_frontier
     from m2mkd_fast.report import write_frontier
 
-    if options.batch_size < 1:
-        raise M2MKDError(f"--batch-size is {options.batch_size}; a pass needs at least 1 image")
     bench = _finished(options.run)
     model = bench.step_model(options.step).to(bench.execution.accelerator.device)
-    batches = list(eval_batches(bench.dataset.splits["test"], 256))
-    images = batches[0][0][: options.batch_size]
+    test = bench.dataset.splits["test"]
+    images, _ = next(iter(eval_batches(test, options.batch_size)))
+    batches = eval_batches(test, 256)
     points = pruning_frontier(
         model, batches, options.keep, keep_inputs=options.keep_inputs, latency_images=images, rounds=options.rounds
     )
     title = f"Mediators removed from {options.step}, batch {len(images)}"
-    measured = {"step": options.step, "batch_size": len(images), "threads": torch.get_num_threads()}
     table = Table(title=title)
     for heading in ("keep", "mediators", "inputs", "accuracy (%)", "latency (ms)", "speedup"):
         table.add_column(heading, justify="right")
@@ -128,9 +126,8 @@ def _prune(options: argparse.Namespace) -> None:
         counts = str(point.keep), str(point.mediators), str(point.inputs)
         table.add_row(*counts, f"{point.accuracy:.2f}", latency, speedup)
     Console().print(table)
-    for path in write_frontier(
-        Path(options.run), [asdict(point) for point in points], {"title": title, **measured, **environment()}
-    ):
+    facts = {"title": title, "step": options.step, "batch_size": len(images), "threads": torch.get_num_threads()}
+    for path in write_frontier(Path(options.run), [asdict(point) for point in points], facts | environment()):
         print(path)
 
 

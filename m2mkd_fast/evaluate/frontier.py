@@ -49,35 +49,33 @@ def measure_frontier(
 
     Args:
         models: by name, on one device; the first is what the others are compared with. Each is left in its mode.
-        batches: images and labels; read once.
+        batches: images and labels; read once, one batch at a time.
         latency_images: what the passes are timed on; the images of the first batch by default.
         rounds: passes of each model that count.
 
     Raises:
         M2MKDError: no model, no image or no round.
     """
-    batches = list(batches)
-    total = sum(len(labels) for _, labels in batches)
-    if not models or not total or rounds < 1:
-        raise M2MKDError(
-            f"there are {len(models)} models, {total} images and {rounds} rounds; at least one of each is needed"
-        )
+    if not models or rounds < 1:
+        raise M2MKDError(f"there are {len(models)} models and {rounds} rounds; at least one of each is needed")
     device = next((parameter.device for parameter in next(iter(models.values())).parameters()), torch.device("cpu"))
-    images = (batches[0][0] if latency_images is None else latency_images).to(device)
-    if not len(images):
-        raise M2MKDError("latency_images is empty; give at least one image to time a pass on")
+    hits, total = dict.fromkeys(models, 0), 0
     with ExitStack() as modes:
         for model in models.values():
             modes.enter_context(evaluation_mode(model))
-        accuracies = {
-            name: 100.0 * sum(int((model(x.to(device)).argmax(-1) == y.to(device)).sum()) for x, y in batches) / total
-            for name, model in models.items()
-        }
-        seconds = _times_in_turns(list(models.values()), images, rounds)
+        for images, labels in batches:
+            images, labels = images.to(device), labels.to(device)
+            latency_images = images if latency_images is None else latency_images
+            total += len(labels)
+            for name, model in models.items():
+                hits[name] += int((model(images).argmax(dim=-1) == labels).sum())
+        if not total or not len(latency_images):
+            raise M2MKDError("there is no image to evaluate or to time a pass on; give at least one batch, not empty")
+        seconds = _times_in_turns(list(models.values()), latency_images.to(device), rounds)
     return [
         FrontierPoint(
             name,
-            accuracies[name],
+            100.0 * hits[name] / total,
             1e3 * statistics.median(times),
             statistics.median(first / own for first, own in zip(seconds[0], times, strict=True)),
         )
