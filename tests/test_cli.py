@@ -85,6 +85,31 @@ def test_report_on_two_seeds_needs_a_folder(finished, tmp_path, capsys):
     assert (tmp_path / "report.md").exists()
 
 
+def test_prune_measures_a_circuit_and_leaves_the_rest_alone(finished, tmp_path, capsys):
+    _, transformer = finished
+    assert main(["prune", str(transformer)]) == 2
+    assert "a learned graph belongs to a NeuralAttentiveCircuit" in capsys.readouterr().err
+    student = {"student": {"model": "nac_micro.ring", "parts": 4, "stitches": "dropped"}, "arms": ["scratch"]}
+    config = write(tmp_path, output=str(tmp_path / "run"), **student)
+    assert main(["run", str(config)]) == 0
+    assert (tmp_path / "run/learned_graph.png").stat().st_size > 5000
+    assert "| scratch/e2e | propagators.1 | 16 x 24 |" in (tmp_path / "run/report.md").read_text()
+    command = ["prune", str(tmp_path / "run"), "--step", "scratch/e2e", "--rounds", "2"]
+    assert main([*command, "--keep", "1.0", "0.5", "4", "--keep-inputs", "6"]) == 0
+    points = json.loads((tmp_path / "run/pruning.json").read_text())["points"]
+    assert [(point["keep"], point["mediators"], point["inputs"]) for point in points] == [
+        (1.0, 16, 6),
+        (0.5, 8, 6),
+        (4, 4, 6),
+    ]
+    assert (tmp_path / "run/pruning.png").stat().st_size > 5000
+    assert "mediators" in capsys.readouterr().out
+    assert main([*command, "--keep", "25"]) == 2
+    assert "for 25 % give 0.25" in capsys.readouterr().err
+    assert main([*command, "--batch-size", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
 def test_info_says_what_runs(capsys):
     assert main(["info"]) == 0
     assert "route" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ARMS = ("scratch", "distill", "task", "m2mkd")
@@ -106,7 +107,11 @@ class RunWriter:
         result |= {key: value * steps for key, value in per_step.items()}
         if load:
             result["expert_load"] = {f"blocks.{block}": self._load() for block in range(1, 8, 2)}
-        return self.step(f"{arm}/e2e", lines, **result)
+            result["graph_density"] = [self._density(layer) for layer in ("propagators.0", "read_out")]
+        folder = self.step(f"{arm}/e2e", lines, **result)
+        if load:
+            self._graph(folder)
+        return folder
 
     def everything(self) -> RunWriter:
         self.teacher()
@@ -118,6 +123,19 @@ class RunWriter:
         for arm in ARMS:
             self.e2e(arm)
         return self
+
+    def _density(self, layer: str) -> dict[str, Any]:
+        """Of 16 mediators or 4 outputs that hear 8 inputs and 16 mediators."""
+        tiles = {"16": 1.0, "32": 0.75, "64": 1.0}
+        probable = {"probable_edges": 0.0625, "probable_tiles": {"16": 0.5, "32": 1.0, "64": 1.0}}
+        sizes = {"layer": layer, "receivers": 4 if layer == "read_out" else 16, "senders": 24}
+        return {**sizes, "edges": 0.25, "tiles": tiles, **probable, "receivers_without_sender": 0}
+
+    def _graph(self, folder: Path) -> None:
+        """Four cliques of mediators, and random links elsewhere."""
+        links = np.random.default_rng(self.seed).integers(0, 255, (20, 24), dtype=np.uint8)
+        links[:16, 8:] = 255 * np.kron(np.eye(4), np.ones((4, 4)))
+        np.savez(folder / "graph.npz", links=links, num_inputs=8, num_mediators=16)
 
     def _noise(self) -> float:
         return self.random.uniform(-0.8, 0.8)

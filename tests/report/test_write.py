@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from m2mkd_fast.errors import M2MKDError
-from m2mkd_fast.report import summary_table, write_report
+from m2mkd_fast.report import summary_table, write_frontier, write_report
 from m2mkd_fast.report.units import flop_unit, join_words, significant, time_unit
 from m2mkd_fast.report.write import CAPTIONS
 
@@ -149,6 +149,40 @@ def test_results_are_json_even_where_numbers_are_not_finite(tmp_path: Path, run_
     results = json.loads((writer.folder / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["config"] == {"clip": None, "created": "2025-01-01"}
     assert results["accuracy"]["runs"][0]["expert_load"]["m2mkd/e2e"]["blocks.1"] == [None, 0.5]
+
+
+def test_the_learned_graph_is_shown_with_its_density(tmp_path: Path, run_writer: type) -> None:
+    writer = run_writer(tmp_path / "run")
+    graph = writer.e2e("m2mkd") / "graph.npz"
+    writer.e2e("scratch", load=False)
+    text = write_report(writer.folder).read_text()
+    row = "| m2mkd/e2e | propagators.0 | 16 x 24 | 25.0 | 100.0 / 75.0 / 100.0 | 6.2 | 50.0 / 100.0 / 100.0 | 0 |"
+    assert row in text
+    assert "tiles of 16 / 32 / 64 with a link (%)" in text
+    assert "| scratch/e2e | propagators.0" not in text
+    pixels = assert_picture(writer.folder / "learned_graph.png")
+    assert has_colour(pixels, "#D55E00")
+    graph.write_bytes(graph.read_bytes()[:100])
+    with pytest.raises(M2MKDError, match=r"graph\.npz' is damaged.*delete it to report without the picture"):
+        write_report(writer.folder)
+    graph.unlink()
+    text = write_report(writer.folder).read_text()
+    assert row in text and "learned_graph.png" not in text
+    assert not (writer.folder / "learned_graph.png").exists()
+
+
+def test_a_frontier_is_a_picture_and_a_file(tmp_path: Path) -> None:
+    points = [
+        {"keep": 1.0, "mediators": 16, "accuracy": 90.0, "latency_ms": 4.0, "speedup": 1.0},
+        {"keep": 0.5, "mediators": 8, "accuracy": 88.0, "latency_ms": 2.5, "speedup": 1.6},
+    ]
+    assert write_frontier(tmp_path, points, {"title": "Removed", "step": "m2mkd/e2e"}) == [
+        tmp_path / "pruning.json",
+        tmp_path / "pruning.png",
+    ]
+    written = json.loads((tmp_path / "pruning.json").read_text())
+    assert written == {"title": "Removed", "step": "m2mkd/e2e", "points": points}
+    assert has_colour(assert_picture(tmp_path / "pruning.png"), "#D55E00")
 
 
 def test_pair_losses_of_ten_slots_fill_two_rows(tmp_path: Path, run_writer: type) -> None:
