@@ -14,7 +14,7 @@ from m2mkd_fast.nn.evaluation_cache import CachesInEvaluation, EvaluationCache
 from m2mkd_fast.nn.latent_kernel import DotProductKernel
 from m2mkd_fast.nn.modulated_linear import modulated_linear, normalize_and_project
 from m2mkd_fast.nn.options import build
-from m2mkd_fast.nn.residual import DropPath, LayerScale
+from m2mkd_fast.nn.residual import DropPath, LayerScale, add_branch
 from m2mkd_fast.ops.latent_affinity import signature_distance
 from m2mkd_fast.ops.latent_attention import latent_attention
 
@@ -74,6 +74,7 @@ class LatentAttention(CachesInEvaluation):
         self.mask_scores = mask_attn_scores_with_affinities
         self.scale_weights = scale_attention_by_affinities_after_softmax
         self.normalize_kernel = normalize_kernel_along_keys
+        self.skip_empty_tiles = False  # set by `plan_tiles`, where a graph has enough of them
         self.kernel = None if kernel_type is None else build(DotProductKernel, "kernel_kwargs", kernel_kwargs)
         self.receiver_layernorm = nn.LayerNorm(state_dim)
         self.sender_layernorm = None if share_layernorm else nn.LayerNorm(state_dim)
@@ -129,9 +130,11 @@ class LatentAttention(CachesInEvaluation):
             value,
             log_affinity if self.mask_scores else None,
             log_affinity if self.scale_weights else None,
+            skip_empty_tiles=self.skip_empty_tiles,
         )
-        messages = self.layer_scale(self.exit_layer(messages.transpose(1, 2).flatten(-2), receiver_codes))
-        return receiver_states + self.drop_path(messages) if self.include_residual else messages
+        scaled = messages.transpose(1, 2).flatten(-2) * self.exit_layer.input_scale(receiver_codes)
+        states = receiver_states if self.include_residual else None
+        return add_branch(states, scaled, self.exit_layer, self.layer_scale, self.drop_path)
 
     def _log_affinity(self, distance: Tensor, batch_size: int) -> Tensor:
         """Once for all images while no edge is sampled, and then remembered in evaluation."""
