@@ -47,7 +47,11 @@ class DropPath(nn.Module):
 
 
 def add_branch(
-    states: Tensor | None, scaled: Tensor, layer: ModulatedLinear, layer_scale: LayerScale, drop_path: DropPath
+    states: Tensor | None,
+    scaled: Tensor,
+    layer: ModulatedLinear,
+    layer_scale: LayerScale,
+    drop_path: DropPath | None = None,
 ) -> Tensor:
     r"""``states + drop_path(layer_scale(layer.project(scaled)))`` in few passes over memory.
 
@@ -63,26 +67,28 @@ def add_branch(
         scaled: z ``[B, N, in_features]``, the input of ``layer`` times its scale.
         layer: W and b.
         layer_scale: gamma.
-        drop_path: d, for every image.
+        drop_path: d, for every image; None where no branch is ever dropped.
     """
     gamma = layer_scale.gamma
+    drops = drop_path is not None and drop_path.drops
     apart = gamma is not None and torch.float16 in (autocast_dtype(scaled), scaled.dtype)
-    if states is not None and not apart and _adds_in_place(states, scaled, layer, drop_path):
+    if states is not None and not apart and not drops and _adds_in_place(states, scaled, layer):
         weight, bias = layer.weight_and_bias(gamma)
         rows = states.flatten(0, 1)
         rows = rows.clone() if bias is None else rows + bias
         return rows.addmm_(layer.normalized(scaled).flatten(0, 1), weight.t()).view_as(states)
     branch = layer.project(scaled, None if apart else gamma)
     if states is None:
-        return drop_path(gamma * branch if apart else branch)
+        branch = gamma * branch if apart else branch
+        return drop_path(branch) if drops else branch
     factor = gamma if apart else None
-    if drop_path.drops:
+    if drops:
         drawn = drop_path.draw(states)
         factor = drawn if factor is None else drawn * factor
     return states + branch if factor is None else torch.addcmul(states, branch, factor)
 
 
-def _adds_in_place(states: Tensor, scaled: Tensor, layer: ModulatedLinear, drop_path: DropPath) -> bool:
+def _adds_in_place(states: Tensor, scaled: Tensor, layer: ModulatedLinear) -> bool:
     """Whether the product may add to the states by itself: on the CPU, in one precision, and nothing is to be kept."""
     return (
         not torch.is_grad_enabled()
@@ -90,5 +96,4 @@ def _adds_in_place(states: Tensor, scaled: Tensor, layer: ModulatedLinear, drop_
         and states.dim() == 3
         and states.dtype == scaled.dtype == layer.native_weight.dtype
         and autocast_dtype(scaled) is None
-        and not drop_path.drops
     )

@@ -79,6 +79,7 @@ def test_branch_is_added(gamma, bias, grad, of_input) -> None:
         for _ in range(2):  # the second finds the folded weight
             torch.testing.assert_close(add_branch(states, scaled, layer, scale, drop_path), expected)
             torch.testing.assert_close(add_branch(None, scaled, layer, scale, drop_path), expected - states)
+            torch.testing.assert_close(add_branch(states, scaled, layer, scale), expected)
     assert torch.equal(states, before)
 
 
