@@ -48,6 +48,7 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 @in_another_process
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_kernels_run_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "M2MKD_BACKEND": ""}
