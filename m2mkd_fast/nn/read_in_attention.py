@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from m2mkd_fast.nn.modulated_linear import modulated_linear, normalize_and_project
-from m2mkd_fast.nn.residual import LayerScale
+from m2mkd_fast.nn.residual import LayerScale, add_branch
 from m2mkd_fast.ops.read_in_attention import attend_to_own_keys, read_in_attention
 
 
@@ -62,8 +62,8 @@ class ReadInAttention(nn.Module):
         )
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         messages = self._read(query, receiver_codes, self.sender_layernorm(inputs)).transpose(1, 2).flatten(-2)
-        messages = self.layer_scale(self.exit_layer(messages, receiver_codes))
-        return receiver_states + messages if self.include_residual else messages
+        scaled = messages * self.exit_layer.input_scale(receiver_codes)
+        return add_branch(receiver_states if self.include_residual else None, scaled, self.exit_layer, self.layer_scale)
 
     def _read(self, query: Tensor, codes: Tensor, inputs: Tensor) -> Tensor:
         key, value = self.key_compiler, self.value_compiler
