@@ -85,13 +85,11 @@ def test_report_on_two_seeds_needs_a_folder(finished, tmp_path, capsys):
     assert (tmp_path / "report.md").exists()
 
 
-def test_prune_measures_a_circuit_and_leaves_the_rest_alone(finished, tmp_path, capsys):
-    _, transformer = finished
-    assert main(["prune", str(transformer)]) == 2
-    assert "a learned graph belongs to a NeuralAttentiveCircuit" in capsys.readouterr().err
+def test_prune_and_report_on_a_circuit(tmp_path, capsys):
     student = {"student": {"model": "nac_micro.ring", "parts": 4, "stitches": "dropped"}, "arms": ["scratch"]}
     config = write(tmp_path, output=str(tmp_path / "run"), **student)
-    assert main(["run", str(config)]) == 0
+    assert main(["train", str(config), "--arm", "scratch"]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run/learned_graph.png").stat().st_size > 5000
     assert "| scratch/e2e | propagators.1 | 16 x 24 |" in (tmp_path / "run/report.md").read_text()
     command = ["prune", str(tmp_path / "run"), "--step", "scratch/e2e", "--rounds", "2"]
