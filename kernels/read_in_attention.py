@@ -312,7 +312,7 @@ _AMPERE = {
     "inputs_backward_kernel": ((5, (32, 32, 4, 2)), (8, (16, 32, 8, 2))),
 }
 _FLOAT32 = {
-    "forward_kernel": ((8, (32, 16, 8, 1)),),
+    "forward_kernel": ((4, (16, 16, 8, 1)), (8, (32, 16, 8, 1))),
     "rows_backward_kernel": ((4, (32, 16, 8, 1)), (8, (16, 16, 8, 1))),
     "inputs_backward_kernel": ((8, (16, 16, 8, 1)),),
 }
