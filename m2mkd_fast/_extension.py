@@ -1,7 +1,7 @@
 """Loads the compiled modules, and keeps the reason where one cannot be loaded.
 
 ``_C`` (CPU kernels and the schemas of all ops), ``_C_cuda`` (CUDA kernels) and ``_host`` (facts about build and
-processor) are optional: the package works without, on its plain PyTorch references.
+processor, search for an order of latents) are optional: the package works without, on its plain PyTorch references.
 """
 
 from __future__ import annotations

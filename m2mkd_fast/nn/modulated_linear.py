@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2mkd_fast.autocast import autocast_dtype
 from m2mkd_fast.errors import UnknownNameError
 from m2mkd_fast.nn.evaluation_cache import CachesInEvaluation, EvaluationCache
 from m2mkd_fast.nn.options import build
@@ -152,16 +153,7 @@ def normalize_and_project(
 
 def product_dtype(layers: Sequence[ModulatedLinear], inputs: Tensor) -> torch.dtype | None:
     """The dtype autocast rounds the scaled inputs to, where nothing but the products reads them."""
-    if inputs.dtype != torch.float64 and all(layer.scales_only for layer in layers):
-        return autocast_dtype(inputs)
-    return None
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype autocast rounds this tensor to for a product, None where it does not."""
-    device = tensor.device.type
-    casts = not tensor.is_meta and torch.is_autocast_enabled(device)  # which knows no meta tensors
-    return torch.get_autocast_dtype(device) if casts and tensor.dtype != torch.float64 else None
+    return autocast_dtype(inputs) if all(layer.scales_only for layer in layers) else None
 
 
 def _times_gain(gain: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from m2mkd_fast.autocast import autocast_dtype
 from m2mkd_fast.errors import M2MKDError
-from m2mkd_fast.nn.modulated_linear import ModulatedLinear, autocast_dtype
+from m2mkd_fast.nn.modulated_linear import ModulatedLinear
 
 
 class LayerScale(nn.Module):

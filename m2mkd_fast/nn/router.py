@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2mkd_fast.autocast import without_autocast
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.ops.route import Assignment, Gate, capacity_of, route
 from m2mkd_fast.ops.routing_losses import gshard_loss, importance_loss, load_loss, router_z_loss
@@ -139,7 +140,7 @@ class Router(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         precision = torch.promote_types(torch.promote_types(x.dtype, self.gate.weight.dtype), torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             bias = None if self.gate.bias is None else self.gate.bias.to(precision)
             return F.linear(x.to(precision), self.gate.weight.to(precision), bias)
 

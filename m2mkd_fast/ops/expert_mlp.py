@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from m2mkd_fast.autocast import autocast_dtype, without_autocast
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.ops.route import Assignment
 
@@ -56,11 +57,10 @@ def expert_mlp(
     Source: Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", eq. 1.
     """
     _check(x, assignment, up_weight, up_bias, down_weight, down_bias, activation, dropout)
-    device, parameters = x.device.type, (up_weight, up_bias, down_weight, down_bias)
-    if _casts(x):
-        precision = torch.get_autocast_dtype(device)
+    parameters, precision = (up_weight, up_bias, down_weight, down_bias), autocast_dtype(x)
+    if precision is not None:
         x, parameters = x.to(precision), tuple(None if p is None else p.to(precision) for p in parameters)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(x):
         return expert_mlp_reference(x, assignment, *parameters, activation=activation, dropout=dropout)
 
 
@@ -239,11 +239,6 @@ def _sum_rows(rows: Tensor, token: Tensor, place: Tensor, tokens: int, dropped: 
     return (torch.where((place >= 0).unsqueeze(2), gathered, 0.0) if dropped else gathered).sum(dim=1)
 
 
-def _casts(x: Tensor) -> bool:
-    """Whether autocast would cast a linear layer's input; it leaves float64 alone."""
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-
-
 def _check(
     x: Tensor,
     assignment: Assignment,
@@ -279,7 +274,7 @@ def _check(
                 f"{tuple(up_weight.shape)} [experts, hidden, width]"
             )
     parameters = {"up_weight": up_weight, "up_bias": up_bias, "down_weight": down_weight, "down_bias": down_bias}
-    if not _casts(x):
+    if autocast_dtype(x) is None:
         for name, tensor in parameters.items():
             if tensor is not None and tensor.dtype != x.dtype:
                 raise M2MKDError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any, Literal, get_args
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2mkd_fast._extension import why_missing
+from m2mkd_fast.autocast import without_autocast
 from m2mkd_fast.backend import device_reason, select_backend, triton_reason
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 
@@ -134,9 +134,7 @@ def signature_distance(receiver_signatures: Tensor, sender_signatures: Tensor) -
         d ``[U, V]``, in float32 at least, under autocast as well: half precision moves edges across a truncation.
     """
     dtype = torch.promote_types(receiver_signatures.dtype, torch.float32)
-    device_type = receiver_signatures.device.type
-    # The meta device has no autocast to switch off.
-    with contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False):
+    with without_autocast(receiver_signatures):
         receivers = F.normalize(receiver_signatures.to(dtype), dim=-1)
         senders = F.normalize(sender_signatures.to(dtype), dim=-1)
         return 1.0 - receivers @ senders.mT

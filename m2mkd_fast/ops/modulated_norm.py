@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2mkd_fast._extension import why_missing
+from m2mkd_fast.autocast import autocast_dtype
 from m2mkd_fast.backend import device_reason, select_backend, triton_reason
 from m2mkd_fast.errors import M2MKDError
 
@@ -82,7 +83,7 @@ def modulated_norm_reference(
 
 def _natural_dtype(inputs: Tensor, scales: Sequence[Tensor]) -> torch.dtype:
     """The dtype of the reference's result."""
-    normalized = torch.float32 if torch.is_autocast_enabled(inputs.device.type) else inputs.dtype
+    normalized = inputs.dtype if autocast_dtype(inputs) is None else torch.float32
     return torch.promote_types(normalized, scales[0].dtype)
 
 

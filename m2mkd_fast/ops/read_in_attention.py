@@ -8,6 +8,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from m2mkd_fast.autocast import autocast_dtype, without_autocast
 from m2mkd_fast.backend import select_backend, triton_reason
 from m2mkd_fast.errors import M2MKDError
 
@@ -185,10 +186,7 @@ def _result_dtype(tensors: tuple[Tensor | None, ...]) -> torch.dtype:
     widest = dtypes.pop()
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
-    device_type = tensors[0].device.type
-    if widest != torch.float64 and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return widest
+    return widest if widest == torch.float64 else autocast_dtype(tensors[0]) or widest
 
 
 def _reasons(query: Tensor, inputs: Tensor, dtype: torch.dtype) -> dict[str, str | None]:
@@ -351,7 +349,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The messages ``[B, U, H, D]``, and if asked to keep them W^T q and z ``[B, U, H, C]`` and P ``[B, U, H, V]``."""
-    with torch.autocast(inputs.device.type, enabled=False):
+    with without_autocast(inputs):
         tokens, key_scale = inputs.shape[1], key_scale / math.sqrt(query.shape[-1])
         absorbed = _absorb(query, key_weight)
         gathered = torch.empty_like(absorbed)
@@ -391,7 +389,7 @@ def _backward(
     With dz given, dP = dz x^T, dS = P (dP - sum_v P dP), where sum_v P dP = dz z, dq~ = dS x, and, as an input is key
     and value at once, dx = P^T dz + dS^T q~.
     """
-    with torch.autocast(inputs.device.type, enabled=False):
+    with without_autocast(inputs):
         key_scale = key_scale / math.sqrt(query.shape[-1])
         spare = _scaled(gathered, value_scale)
         grad_gathered, grad_value_weight = _project_backward(grad_messages, spare, value_weight)
@@ -437,7 +435,7 @@ def _triton_forward(
     """As :func:`_forward`, with the logarithms of the sums ``[B, U, H]`` in place of P."""
     from m2mkd_fast.kernels import read_in_attention as kernels  # here, because it imports Triton
 
-    with torch.autocast(inputs.device.type, enabled=False):
+    with without_autocast(inputs):
         absorbed = _absorb(query, key_weight)
         key_scale = key_scale / math.sqrt(query.shape[-1])
         scaled, gathered, logsumexp = kernels.forward(absorbed, inputs, key_scale, value_scale, keep)
@@ -460,7 +458,7 @@ def _triton_backward(
     """As :func:`_backward`."""
     from m2mkd_fast.kernels import read_in_attention as kernels
 
-    with torch.autocast(inputs.device.type, enabled=False):
+    with without_autocast(inputs):
         key_scale = key_scale / math.sqrt(query.shape[-1])
         grad_scaled, grad_value_weight = _project_backward(grad_messages, _scaled(gathered, value_scale), value_weight)
         grad_absorbed, grad_inputs, key_products, value_products = kernels.backward(
