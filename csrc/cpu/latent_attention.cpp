@@ -336,18 +336,20 @@ scalar_t exponentiate(scalar_t* scores, int64_t padded, scalar_t& largest) {
   return sum_of_lanes<scalar_t>(sum);
 }
 
-// From shifted scores the weights exp(score - logsumexp), and from the gradient of the weights that of the scores:
-// weights * (gradient - sum of weights * gradients). The sum is taken here, and not as grad_out . out, which is the same
-// but rounded otherwise: so a receiver with one sender has a gradient of exactly 0.
+// From shifted scores, -inf behind them, the softmax weights, and from the gradient of the weights that of the scores:
+// weights * (gradient - sum of weights * gradients).
+//
+// Neither comes from what the forward kept. exp(score - logsumexp) has the rounding of logsumexp, which is that of the
+// largest score, in all weights of a receiver; and grad_out . out is the sum here, but rounded otherwise, where a
+// receiver with one sender has a gradient of exactly 0.
 template <typename scalar_t>
-void differentiate(scalar_t* scores, scalar_t* grad, int64_t padded, scalar_t logsumexp) {
+void differentiate(scalar_t* scores, scalar_t* grad, int64_t padded) {
   constexpr int64_t lanes = kLanes<scalar_t>;
-  for (int64_t i = 0; i < padded; i += lanes) {
-    vector_at(scores + i) -= logsumexp;
-  }
-  exp_of_nonpositive(scores, padded);
+  scalar_t largest;
+  const scalar_t factor = 1 / exponentiate(scores, padded, largest);
   Vector<scalar_t> sum = {};
   for (int64_t i = 0; i < padded; i += lanes) {
+    vector_at(scores + i) *= factor;
     sum += vector_at(scores + i) * vector_at(grad + i);
   }
   const scalar_t mean = sum_of_lanes<scalar_t>(sum);
@@ -469,7 +471,6 @@ template <typename scalar_t>
 struct Backward {
   Sizes<scalar_t> sizes;
   Heads<scalar_t, const scalar_t*> grad_out, query, key, value;
-  const scalar_t* logsumexp;
   Heads<scalar_t, scalar_t*> grad_query, grad_key, grad_value;
 
   // grad_scores: where each slot's gradient goes.
@@ -515,8 +516,9 @@ struct Backward {
           const int64_t degree = graph.degree[first + r], padded = round_up(degree, kLanes<scalar_t>);
           shift_scores(score + slot, graph.log_weight.data() + slot, degree, padded, sizes.scale);
           std::fill(grad + slot + degree, grad + slot + padded, scalar_t(0));
-          differentiate(
-              score + slot, grad + slot, padded, logsumexp[(image * sizes.heads + head) * sizes.receivers + first + r]);
+          if (degree > 0) {
+            differentiate(score + slot, grad + slot, padded);
+          }
         }
         std::fill_n(query_sums, some * width, scalar_t(0));
         for_each_block([&](int64_t row, int64_t slot, int64_t count) {
@@ -584,8 +586,7 @@ struct Backward {
         const scalar_t* log_weight =
             graph.log_affinity == nullptr ? nullptr : graph.log_affinity + (first + r) * sizes.senders;
         shift_scores(score, log_weight, sizes.senders, columns, sizes.scale);
-        differentiate(
-            score, row_grad, columns, logsumexp[(image * sizes.heads + head) * sizes.receivers + first + r]);
+        differentiate(score, row_grad, columns);
       }
       multiply_panels(
           grad, columns, 1, padded_rows, keys, sizes.senders, panels_width, false, query_sums,
@@ -843,10 +844,10 @@ std::tuple<Tensor, Tensor> latent_attention_forward(
   return {out, logsumexp};
 }
 
-// `out` is for kernels that take the sums over senders from it; these ones do not.
+// `out` and `logsumexp` are for kernels that see a receiver's senders piece by piece; these ones see all at once.
 std::tuple<Tensor, Tensor, Tensor, Tensor> latent_attention_backward(
     const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
-    std::optional<Tensor> log_affinity, const Tensor& /*out*/, const Tensor& logsumexp, bool need_affinity) {
+    std::optional<Tensor> log_affinity, const Tensor& /*out*/, const Tensor& /*logsumexp*/, bool need_affinity) {
   check(query, key, value, log_affinity);
   STD_TORCH_CHECK(!need_affinity || log_affinity.has_value(), "there is no log_affinity to differentiate");
   STD_TORCH_CHECK(
@@ -854,10 +855,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_attention_backward(
           grad_out.size(2) == query.size(2) && grad_out.size(3) == query.size(3) &&
           grad_out.scalar_type() == query.scalar_type(),
       "grad_out must be like query");
-  STD_TORCH_CHECK(
-      logsumexp.is_contiguous() && logsumexp.numel() == query.size(0) * query.size(1) * query.size(2) &&
-          logsumexp.scalar_type() == query.scalar_type(),
-      "logsumexp must be passed as the forward gave it");
   Tensor grad_query = heads_last(query), grad_key = heads_last(key), grad_value = heads_last(value);
   Tensor grad_affinity = need_affinity ? torch::stable::new_empty(*log_affinity, log_affinity->sizes())
                                        : torch::stable::new_empty(query, {0});
@@ -876,7 +873,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> latent_attention_backward(
     using scalar_t = decltype(zero);
     const Backward<scalar_t> backward{
         Sizes<scalar_t>(query, key), heads_of<scalar_t>(g), heads_of<scalar_t>(q), heads_of<scalar_t>(k),
-        heads_of<scalar_t>(v), logsumexp.const_data_ptr<scalar_t>(),
+        heads_of<scalar_t>(v),
         mutable_heads_of<scalar_t>(grad_query), mutable_heads_of<scalar_t>(grad_key),
         mutable_heads_of<scalar_t>(grad_value)};
     run_backward(
