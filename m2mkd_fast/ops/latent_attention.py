@@ -64,7 +64,12 @@ def latent_attention(
     backend = select_backend("latent_attention", reasons)
     if backend == "reference":
         return latent_attention_reference(query, key, value, log_affinity, log_scale)
-    return _LatentAttention.apply(query, key, value, log_affinity, backend, skip_empty_tiles)
+    if backend == "triton":
+        return _LatentAttention.apply(query, key, value, log_affinity, backend, skip_empty_tiles)
+    # Outside of the autograd.Function: inside, under torch.compile, a cast that changes nothing gives one tensor two
+    # names among the outputs, and the gradients get lost.
+    tensors = _in_full_precision(query, key, value, log_affinity)
+    return _LatentAttention.apply(*tensors, backend, skip_empty_tiles).to(value.dtype)
 
 
 def latent_attention_reference(
@@ -158,38 +163,27 @@ class _LatentAttention(torch.autograd.Function):
         if backend == "triton":
             out, logsumexp = torch.ops.m2mkd_fast._latent_attention_triton_forward(*tensors, skip_empty_tiles)
         else:
-            out, logsumexp = torch.ops.m2mkd_fast._latent_attention_forward(*_in_full_precision(*tensors))
-        out = out.to(value.dtype)
+            out, logsumexp = torch.ops.m2mkd_fast._latent_attention_forward(*tensors)
         ctx.save_for_backward(*tensors, out, logsumexp)
         ctx.backend, ctx.skip_empty_tiles = backend, skip_empty_tiles
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        *tensors, out, logsumexp = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:4]
+        tensors, needed = ctx.saved_tensors[:4], ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Gradients of the gradient (create_graph=True) come from plain PyTorch: the kernels have none.
             chosen = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
             found = iter(torch.autograd.grad(latent_attention_reference(*tensors), chosen, grad_out, create_graph=True))
             return *(next(found) if need else None for need in needed), None, None
+        arguments = (grad_out, *ctx.saved_tensors, needed[3])
         if ctx.backend == "triton":
-            gradients = torch.ops.m2mkd_fast._latent_attention_triton_backward(
-                grad_out, *tensors, out, logsumexp, needed[3], ctx.skip_empty_tiles
+            *grads, grad_affinity = torch.ops.m2mkd_fast._latent_attention_triton_backward(
+                *arguments, ctx.skip_empty_tiles
             )
         else:
-            *tensors_full, grad_full, out_full = _in_full_precision(*tensors, grad_out, out)
-            gradients = torch.ops.m2mkd_fast._latent_attention_backward(
-                grad_full, *tensors_full, out_full, logsumexp, needed[3]
-            )
-        return (
-            *(
-                grad.to(tensor.dtype) if need else None
-                for grad, tensor, need in zip(gradients, tensors, needed, strict=True)
-            ),
-            None,
-            None,
-        )
+            *grads, grad_affinity = torch.ops.m2mkd_fast._latent_attention_backward(*arguments)
+        return *grads, grad_affinity if needed[3] else None, None, None
 
 
 def _in_full_precision(*tensors: Tensor | None) -> list[Tensor | None]:
