@@ -83,22 +83,22 @@ struct Sizes {
 };
 
 // One head at a time of a tensor [images, heads, rows, head_dim] whose last dimension is contiguous.
-template <typename scalar_t, typename Pointer>
+template <typename Item>
 struct Heads {
-  Heads(Pointer data, const Tensor& tensor)
+  Heads(Item* data, const Tensor& tensor)
       : data(data), image(tensor.stride(0)), head(tensor.stride(1)), row(tensor.stride(2)) {}
-  Pointer at(int64_t i, int64_t h, int64_t r = 0) const {
+  Item* at(int64_t i, int64_t h, int64_t r = 0) const {
     return data + i * image + h * head + r * row;
   }
-  Pointer data;
+  Item* data;
   int64_t image, head, row;
 };
 template <typename scalar_t>
-Heads<scalar_t, const scalar_t*> heads_of(const Tensor& tensor) {
+Heads<const scalar_t> heads_of(const Tensor& tensor) {
   return {tensor.const_data_ptr<scalar_t>(), tensor};
 }
 template <typename scalar_t>
-Heads<scalar_t, scalar_t*> mutable_heads_of(const Tensor& tensor) {
+Heads<scalar_t> mutable_heads_of(const Tensor& tensor) {
   return {tensor.mutable_data_ptr<scalar_t>(), tensor};
 }
 
@@ -368,24 +368,28 @@ void copy_scaled(const scalar_t* source, int64_t count, scalar_t factor, scalar_
 template <typename scalar_t>
 struct Forward {
   Sizes<scalar_t> sizes;
-  Heads<scalar_t, const scalar_t*> query, key, value;
-  Heads<scalar_t, scalar_t*> out;
+  Heads<const scalar_t> query, key, value;
+  Heads<scalar_t> out;
   scalar_t* logsumexp;  // [images, heads, receivers]
 
   // A receiver's message from the sum of senders with weights exp(score - largest).
-  void write(int64_t image, int64_t head, int64_t u, const scalar_t* sum_of_senders, scalar_t largest, scalar_t sum) const {
+  void write(
+      int64_t image, int64_t head, int64_t u, const scalar_t* sum_of_senders, scalar_t largest, scalar_t sum) const {
     const bool alone = largest == -std::numeric_limits<scalar_t>::infinity() && sum == 0;
     copy_scaled(sum_of_senders, sizes.head_dim, alone ? scalar_t(0) : 1 / sum, out.at(image, head, u));
     logsumexp[(image * sizes.heads + head) * sizes.receivers + u] = largest + std::log(sum);
   }
 
   // Receivers begin ... end of one head.
-  void sparse(const Graph<scalar_t>& graph, int64_t image, int64_t head, int64_t begin, int64_t end,
+  void sparse(
+      const Graph<scalar_t>& graph, int64_t image, int64_t head, int64_t begin, int64_t end,
       Workspace<scalar_t>& workspace) const {
     const int64_t blocks = sizes.sender_blocks.count, width = sizes.width, rows = sizes.chunks.size;
-    scalar_t *keys = workspace.take(sizes.senders * width), *values = workspace.take(sizes.senders * width);
-    scalar_t *queries = workspace.take(rows * width), *sums = workspace.take(rows * width);
-    scalar_t *scores = workspace.take(rows * (round_up(sizes.senders, kLanes<scalar_t>) + kLanes<scalar_t>));
+    scalar_t* keys = workspace.take(sizes.senders * width);
+    scalar_t* values = workspace.take(sizes.senders * width);
+    scalar_t* queries = workspace.take(rows * width);
+    scalar_t* sums = workspace.take(rows * width);
+    scalar_t* scores = workspace.take(rows * (round_up(sizes.senders, kLanes<scalar_t>) + kLanes<scalar_t>));
     copy_rows(key.at(image, head), key.row, sizes.senders, sizes.head_dim, width, keys);
     copy_rows(value.at(image, head), value.row, sizes.senders, sizes.head_dim, width, values);
     with_vectors<scalar_t>(width, [&](auto vectors) {
@@ -428,11 +432,15 @@ struct Forward {
   // A row has at least `lanes` elements, of which kRowsInCache bytes hold no more than this.
   static constexpr int64_t kMostRows = kRowsInCache / 32;
 
-  void dense(const Graph<scalar_t>& graph, int64_t image, int64_t head, int64_t begin, int64_t end,
+  void dense(
+      const Graph<scalar_t>& graph, int64_t image, int64_t head, int64_t begin, int64_t end,
       Workspace<scalar_t>& workspace) const {
     const int64_t columns = sizes.columns, rows = sizes.tile_chunks.size;
-    scalar_t *keys = workspace.take(columns * sizes.head_dim), *values = workspace.take(sizes.senders * sizes.panels_width);
-    scalar_t *queries = workspace.take(rows * sizes.width), *scores = workspace.take(rows * columns), *sums = workspace.take(rows * sizes.panels_width);
+    scalar_t* keys = workspace.take(columns * sizes.head_dim);
+    scalar_t* values = workspace.take(sizes.senders * sizes.panels_width);
+    scalar_t* queries = workspace.take(rows * sizes.width);
+    scalar_t* scores = workspace.take(rows * columns);
+    scalar_t* sums = workspace.take(rows * sizes.panels_width);
     copy_transposed_panels(key.at(image, head), key.row, sizes.senders, sizes.head_dim, keys);
     copy_panels(value.at(image, head), value.row, sizes.senders, sizes.head_dim, values);
     for (int64_t first = begin; first < end; first += rows) {
@@ -470,17 +478,22 @@ struct Forward {
 template <typename scalar_t>
 struct Backward {
   Sizes<scalar_t> sizes;
-  Heads<scalar_t, const scalar_t*> grad_out, query, key, value;
-  Heads<scalar_t, scalar_t*> grad_query, grad_key, grad_value;
+  Heads<const scalar_t> grad_out, query, key, value;
+  Heads<scalar_t> grad_query, grad_key, grad_value;
 
   // grad_scores: where each slot's gradient goes.
-  void sparse(const Graph<scalar_t>& graph, int64_t image, int64_t head, scalar_t* grad_scores,
+  void sparse(
+      const Graph<scalar_t>& graph, int64_t image, int64_t head, scalar_t* grad_scores,
       Workspace<scalar_t>& workspace) const {
     const int64_t blocks = sizes.sender_blocks.count, width = sizes.width, rows = sizes.chunks.size;
-    scalar_t *keys = workspace.take(sizes.senders * width), *values = workspace.take(sizes.senders * width);
-    scalar_t *key_sums = workspace.take(sizes.senders * width), *value_sums = workspace.take(sizes.senders * width);
-    scalar_t *queries = workspace.take(rows * width), *grads = workspace.take(rows * width), *query_sums = workspace.take(rows * width);
-    scalar_t *scores = workspace.take(rows * (round_up(sizes.senders, kLanes<scalar_t>) + kLanes<scalar_t>));
+    scalar_t* keys = workspace.take(sizes.senders * width);
+    scalar_t* values = workspace.take(sizes.senders * width);
+    scalar_t* key_sums = workspace.take(sizes.senders * width);
+    scalar_t* value_sums = workspace.take(sizes.senders * width);
+    scalar_t* queries = workspace.take(rows * width);
+    scalar_t* grads = workspace.take(rows * width);
+    scalar_t* query_sums = workspace.take(rows * width);
+    scalar_t* scores = workspace.take(rows * (round_up(sizes.senders, kLanes<scalar_t>) + kLanes<scalar_t>));
     copy_rows(key.at(image, head), key.row, sizes.senders, sizes.head_dim, width, keys);
     copy_rows(value.at(image, head), value.row, sizes.senders, sizes.head_dim, width, values);
     std::fill_n(key_sums, sizes.senders * width, scalar_t(0));
@@ -546,16 +559,22 @@ struct Backward {
     write_senders(image, head, key_sums, value_sums, width);
   }
 
-  void dense(const Graph<scalar_t>& graph, int64_t image, int64_t head, scalar_t* grad_scores,
+  void dense(
+      const Graph<scalar_t>& graph, int64_t image, int64_t head, scalar_t* grad_scores,
       Workspace<scalar_t>& workspace) const {
     const int64_t columns = sizes.columns, rows = sizes.tile_chunks.size, width = sizes.width;
     const int64_t panels_width = sizes.panels_width, sender_rows = round_up(sizes.senders, kTileRows);
-    scalar_t *transposed_keys = workspace.take(columns * sizes.head_dim), *transposed_values = workspace.take(columns * sizes.head_dim);
-    scalar_t *keys = workspace.take(sizes.senders * panels_width);
-    scalar_t *key_sums = workspace.take(sender_rows * panels_width), *value_sums = workspace.take(sender_rows * panels_width);
-    scalar_t *queries = workspace.take(rows * width), *grads = workspace.take(rows * width), *query_sums = workspace.take(rows * panels_width);
-    scalar_t *query_panels = workspace.take(rows * panels_width), *grad_panels = workspace.take(rows * panels_width);
-    scalar_t *scores = workspace.take(rows * columns + kSlack);
+    scalar_t* transposed_keys = workspace.take(columns * sizes.head_dim);
+    scalar_t* transposed_values = workspace.take(columns * sizes.head_dim);
+    scalar_t* keys = workspace.take(sizes.senders * panels_width);
+    scalar_t* key_sums = workspace.take(sender_rows * panels_width);
+    scalar_t* value_sums = workspace.take(sender_rows * panels_width);
+    scalar_t* queries = workspace.take(rows * width);
+    scalar_t* grads = workspace.take(rows * width);
+    scalar_t* query_sums = workspace.take(rows * panels_width);
+    scalar_t* query_panels = workspace.take(rows * panels_width);
+    scalar_t* grad_panels = workspace.take(rows * panels_width);
+    scalar_t* scores = workspace.take(rows * columns + kSlack);
     copy_transposed_panels(key.at(image, head), key.row, sizes.senders, sizes.head_dim, transposed_keys);
     copy_transposed_panels(value.at(image, head), value.row, sizes.senders, sizes.head_dim, transposed_values);
     copy_panels(key.at(image, head), key.row, sizes.senders, sizes.head_dim, keys);

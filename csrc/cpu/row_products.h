@@ -104,8 +104,10 @@ inline void store_lane_sums(const Vector<float> (&v)[8], float* out) {
 #undef M2MKD_FOUR
 }
 inline void store_lane_sums(const Vector<double> (&v)[4], double* out) {
-  const Vector<double> low = __builtin_shufflevector(v[0], v[1], 0, 4, 2, 6) + __builtin_shufflevector(v[0], v[1], 1, 5, 3, 7);
-  const Vector<double> high = __builtin_shufflevector(v[2], v[3], 0, 4, 2, 6) + __builtin_shufflevector(v[2], v[3], 1, 5, 3, 7);
+  const Vector<double> low = __builtin_shufflevector(v[0], v[1], 0, 4, 2, 6) +
+      __builtin_shufflevector(v[0], v[1], 1, 5, 3, 7);
+  const Vector<double> high = __builtin_shufflevector(v[2], v[3], 0, 4, 2, 6) +
+      __builtin_shufflevector(v[2], v[3], 1, 5, 3, 7);
   vector_at(out) = __builtin_shufflevector(low, high, 0, 1, 4, 5) + __builtin_shufflevector(low, high, 2, 3, 6, 7);
 }
 
