@@ -275,7 +275,8 @@ void multiply_panels(
     int64_t columns, bool add, scalar_t* out, int64_t out_stride) {
   for (int64_t c = 0; c < columns; c += kPanel<scalar_t>, panels += inner * kPanel<scalar_t>) {
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      multiply_tile(left + r * row_step, row_step, inner_step, panels, inner, add, out + r * out_stride + c, out_stride);
+      multiply_tile(
+          left + r * row_step, row_step, inner_step, panels, inner, add, out + r * out_stride + c, out_stride);
     }
   }
 }
