@@ -78,8 +78,8 @@ _TILES = {
         "affinity": Tile(64, 32, 1, 4, 2),
     },
     (True, False, False): {
-        "forward": Tile(64, 32, 1, 8, 2),
-        "receivers": Tile(64, 32, 1, 8, 2),
+        "forward": Tile(32, 32, 1, 8, 2),
+        "receivers": Tile(32, 32, 1, 8, 2),
         "senders": Tile(32, 32, 1, 8, 2),
         "affinity": Tile(64, 32, 1, 8, 2),
     },
