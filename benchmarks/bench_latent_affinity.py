@@ -38,9 +38,10 @@ def distances(receivers: int, senders: int, density: float) -> Tensor:
     return distance.fill_diagonal_(0.0)
 
 
-def measure(
-    circuit: str, mode: str, baseline: str, backward: bool, density: float, pairs: int, device: str
-) -> tuple[Ratio, str]:
+def calls(
+    circuit: str, mode: str, baseline: str, backward: bool, density: float, device: str
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The baseline and the kernels, on the same distances."""
     receivers, senders, *batches = CIRCUITS[circuit]
     batch = batches[device == "cuda"]
     sampled, leaky, temperature = MODES[mode]
@@ -78,22 +79,25 @@ def measure(
     if baseline == "compiled":
         torch._dynamo.reset()  # each size gets code of its own
     before = {"eager": eager, "philox": ours, "compiled": torch.compile(eager, dynamic=False)}[baseline]
-    calls = call_of(before, "reference"), call_of(ours, "triton" if device == "cuda" else "cpu")
+    return call_of(before, "reference"), call_of(ours, "triton" if device == "cuda" else "cpu")
+
+
+def measure(circuit: str, mode: str, baseline: str, backward: bool, density: float, pairs: int, device: str) -> Ratio:
+    batch = CIRCUITS[circuit][2 + (device == "cuda")]
     direction = "forward and backward" if backward else "forward"
-    ratio = paired_ratio(
+    return paired_ratio(
         f"latent_affinity, {device}, {circuit}, batch {batch}, density {density:.0%}, {mode}, {direction}, "
         f"against {baseline}",
-        *calls,
+        *calls(circuit, mode, baseline, backward, density, device),
         pairs=pairs,
         synchronize=torch.cuda.synchronize if device == "cuda" else None,
     )
-    return ratio, memory(*calls) if device == "cuda" else ""
 
 
-def memory(*calls: Callable[[], object]) -> str:
-    """Peak memory of the two calls, beyond what was there before."""
+def memory(*arguments: object) -> str:
+    """Peak memory on a GPU of the two calls, beyond what was there before."""
     peaks = []
-    for call in calls:
+    for call in calls(*arguments, "cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -117,9 +121,8 @@ def main() -> None:
             sampled = MODES[case[1]][0]
             if not sampled and case[2] == "philox":
                 continue  # without noise it is the eager baseline
-            ratio, peak = measure(*case, options.pairs, device)
-            results.append(ratio)
-            print(f"{ratio}{peak}", flush=True)
+            results.append(measure(*case, options.pairs, device))
+            print(f"{results[-1]}{memory(*case) if device == 'cuda' else ''}", flush=True)
     if options.json:
         write_json(options.json, results)
 

@@ -1,8 +1,8 @@
 """Whole Neural Attentive Circuits: inference and training steps on the operators' kernels, against plain PyTorch.
 
 The baseline is the same model on the plain reference of every operator, which computes what the published code does:
-keys and values of every latent for every token, dense attention, scales of every layer at every call. On a GPU it runs
-eagerly and through ``torch.compile``.
+keys and values of every latent for every token, dense attention, scales of every layer at every call, noise of
+PyTorch's generator. On a GPU it runs eagerly and through ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +22,24 @@ from torch import Tensor, nn
 from m2mkd_fast.backend import use_backend
 from m2mkd_fast.models import create_model
 from m2mkd_fast.nn.evaluation_cache import CachesInEvaluation
+from m2mkd_fast.nn.latent_kernel import DotProductKernel
+from m2mkd_fast.ops.latent_affinity import latent_affinity_reference
 
 # model, batch size on a CPU, published batch size, image size
 CASES = {"tiny": ("nac_tiny.ring", 8, 128, 64), "imagenet": ("nac_imagenet.ring", 1, 32, 224)}
 PHASES = ("inference", "training step")
+
+
+def affinity_of_torch_noise(kernel: DotProductKernel, distance: Tensor, batch_size: int, **_: bool) -> Tensor:
+    """As the published layer draws them: leaky, with PyTorch's generator (the kernels' is slow in plain PyTorch)."""
+    return latent_affinity_reference(
+        distance,
+        kernel.bandwidth,
+        kernel.truncation,
+        uniform=torch.rand((batch_size, *distance.shape), device=distance.device) if kernel.samples else None,
+        temperature=kernel.temperature,
+        leaky=True,
+    )
 
 
 class Workload:
@@ -34,6 +49,10 @@ class Workload:
         name, _, _, size = CASES[case]
         torch.manual_seed(0)
         self.model = create_model(name).to(device).train(phase == "training step")
+        if plain:
+            for kernel in self.model.modules():
+                if isinstance(kernel, DotProductKernel):
+                    kernel.forward = partial(affinity_of_torch_noise, kernel)
         self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.images = torch.randn(batch_size, 3, size, size, device=device)

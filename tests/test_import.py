@@ -27,7 +27,16 @@ def test_import_is_lazy():
 
 
 @pytest.mark.parametrize(
-    "module", ["ops.route", "ops.routing_losses", "ops.modulated_norm", "ops.modulated_geglu", "ops.latent_attention", "backend", "nn"]
+    "module",
+    [
+        "ops.route",
+        "ops.routing_losses",
+        "ops.modulated_norm",
+        "ops.modulated_geglu",
+        "ops.latent_attention",
+        "backend",
+        "nn",
+    ],
 )
 def test_operators_and_layers_import_no_vision_and_start_no_cuda(module):
     code = f"import sys, torch; before = set(sys.modules); import m2mkd_fast.{module}; "
