@@ -267,6 +267,9 @@ void multiply_tile(
   }
 }
 
+// Longer sums are taken in parts of this length: their roundings add up to less.
+constexpr int64_t kSumAtOnce = 128;
+
 // out [rows, columns] = left [rows, inner] . panels, or is increased by it. `rows` is a multiple of kTileRows, and
 // `columns` of kPanel. The element (r, k) of `left` is at r * row_step + k * inner_step.
 template <typename scalar_t>
@@ -275,8 +278,13 @@ void multiply_panels(
     int64_t columns, bool add, scalar_t* out, int64_t out_stride) {
   for (int64_t c = 0; c < columns; c += kPanel<scalar_t>, panels += inner * kPanel<scalar_t>) {
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      multiply_tile(
-          left + r * row_step, row_step, inner_step, panels, inner, add, out + r * out_stride + c, out_stride);
+      int64_t k = 0;
+      do {
+        multiply_tile(
+            left + r * row_step + k * inner_step, row_step, inner_step, panels + k * kPanel<scalar_t>,
+            std::min(kSumAtOnce, inner - k), add || k > 0, out + r * out_stride + c, out_stride);
+        k += kSumAtOnce;
+      } while (k < inner);
     }
   }
 }
