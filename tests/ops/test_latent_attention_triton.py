@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +28,8 @@ from m2mkd_fast.ops.latent_attention import latent_attention, latent_attention_r
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FUZZ_EXAMPLES = int(os.environ.get("M2MKD_FUZZ_EXAMPLES", "6" if INTERPRETED else "25"))
+# The interpreter is too slow to look for the smallest case that fails.
+PHASES = [phase for phase in Phase if phase != Phase.shrink or not INTERPRETED]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["out", "query", "key", "value", "affinity"]
 # batch, heads, receivers, senders, head_dim, dimensions of the affinities (0 for none)
@@ -170,7 +172,8 @@ def assert_as_exact_as_pytorch(
 ) -> None:
     """At most twice (messages) or three times (gradients) PyTorch's error at this precision, plus what rounding may do.
 
-    On small tensors PyTorch's largest error can be much below that by luck.
+    On small tensors PyTorch's largest error can be much below that by luck; and where a receiver has one edge, gradients
+    are differences of numbers of the size of the inputs, about one, that are zero only where nothing is rounded.
     """
     found = on_triton(tensors, log_affinity, grad_out, skip_empty_tiles)
     same = on_reference(tensors, log_affinity, grad_out)
@@ -181,7 +184,7 @@ def assert_as_exact_as_pytorch(
         assert ours.shape == truth.shape, name
         assert ours.isfinite().all(), name
         error, allowed = (ours.double() - truth).abs().max(), (theirs.double() - truth).abs().max()
-        limit = (2 if name == "out" else 3) * allowed + rounding_of(ours.dtype) * truth.abs().max()
+        limit = (2 if name == "out" else 3) * allowed + rounding_of(ours.dtype) * max(truth.abs().max().item(), 1)
         assert error <= limit, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}, limit {limit:.2e}"
 
 
@@ -217,7 +220,7 @@ def test_error_is_pytorchs_at_full_size(shape, dtype, skip):
 
 
 @given(data=st.data())
-@settings(max_examples=FUZZ_EXAMPLES, deadline=None)
+@settings(max_examples=FUZZ_EXAMPLES, deadline=None, phases=PHASES)
 def test_latent_attention_triton_fuzz(data, device_of_fuzz):
     largest = 70 if INTERPRETED else 200
     batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
