@@ -27,7 +27,7 @@ from m2mkd_fast.nn.latent_attention import LatentAttention
 from m2mkd_fast.ops.latent_attention import latent_attention, latent_attention_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FUZZ_EXAMPLES = int(os.environ.get("M2MKD_FUZZ_EXAMPLES", "6" if INTERPRETED else "25"))
+FUZZ_EXAMPLES = int(os.environ.get("M2MKD_FUZZ_EXAMPLES", "5" if INTERPRETED else "25"))
 # The interpreter is too slow to look for the smallest case that fails.
 PHASES = [phase for phase in Phase if phase != Phase.shrink or not INTERPRETED]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -61,6 +61,7 @@ in_another_process = pytest.mark.skipif(INTERPRETED, reason="this is the process
 
 @in_another_process
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_kernels_run_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "M2MKD_BACKEND": ""}
@@ -76,9 +77,10 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter() -> Iterator[None]:
-    """Large tiles, for the interpreter's time goes into their number; and right products of bfloat16.
+    """Large tiles, for the interpreter's time goes into their number; and bfloat16 as a GPU does it.
 
-    It keeps bfloat16 as the integers of their bits, and multiplies those.
+    The interpreter keeps bfloat16 as the integers of their bits. It multiplies those integers, and cuts off what does
+    not fit into a bfloat16 instead of rounding it.
     """
     if not INTERPRETED:
         yield
@@ -88,18 +90,25 @@ def interpreter() -> Iterator[None]:
 
     from m2mkd_fast.kernels import latent_attention as kernels
 
+    cast, multiply = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def rounding_cast(self: InterpreterBuilder, source: TensorHandle, to: tl.dtype) -> TensorHandle:
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return cast(self, source, to)
+        bits = torch.from_numpy(source.data).to(torch.bfloat16).view(torch.uint16)
+        return TensorHandle(bits.numpy(), tl.bfloat16)
+
     def widened(handle: TensorHandle) -> TensorHandle:
-        if handle.dtype != tl.bfloat16:
+        if handle.dtype.scalar != tl.bfloat16:
             return handle
         return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
 
-    multiply = InterpreterBuilder.create_dot
+    def real_product(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *others: Any) -> TensorHandle:
+        return multiply(self, widened(a), widened(b), *others)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            InterpreterBuilder,
-            "create_dot",
-            lambda self, a, b, *others: multiply(self, widened(a), widened(b), *others),
-        )
+        patch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
+        patch.setattr(InterpreterBuilder, "create_dot", real_product)
         patch.setattr(kernels, "_TILES", dict.fromkeys(kernels._TILES, kernels._TILES[True, True, False]))
         yield
 
@@ -159,21 +168,23 @@ def in_double(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def rounding_of(dtype: torch.dtype) -> float:
-    """What rounding may do to a number: a few times in float32, once, at the end, in a half precision.
-
-    Triton's interpreter does not round to the nearest number but cuts off.
-    """
+    """What rounding may do to a number: a few times in float32, once, at the end, in a half precision."""
     eps = torch.finfo(dtype).eps
-    return 4 * eps if dtype == torch.float32 else eps / (1 if INTERPRETED else 2)
+    return 4 * eps if dtype == torch.float32 else eps / 2
 
 
 def assert_as_exact_as_pytorch(
-    tensors: list[Tensor], log_affinity: Tensor | None, grad_out: Tensor, skip_empty_tiles: bool = False
+    tensors: list[Tensor],
+    log_affinity: Tensor | None,
+    grad_out: Tensor,
+    skip_empty_tiles: bool = False,
+    vanishing: float = torch.finfo(torch.float32).eps,
 ) -> None:
     """At most twice (messages) or three times (gradients) PyTorch's error at this precision, plus what rounding may do.
 
-    On small tensors PyTorch's largest error can be much below that by luck; and where a receiver has one edge, gradients
-    are differences of numbers of the size of the inputs, about one, that are zero only where nothing is rounded.
+    On small tensors PyTorch's largest error can be much below that by luck; and where a receiver has one edge,
+    gradients are differences of sums of products over a head, which are equal where nothing is rounded. ``vanishing``
+    is what these products are rounded to.
     """
     found = on_triton(tensors, log_affinity, grad_out, skip_empty_tiles)
     same = on_reference(tensors, log_affinity, grad_out)
@@ -183,8 +194,11 @@ def assert_as_exact_as_pytorch(
         assert ours.dtype == theirs.dtype, name
         assert ours.shape == truth.shape, name
         assert ours.isfinite().all(), name
+        # Gradients of float32 affinities go over messages in half precision: that is their error where senders are few.
+        rounding = max(rounding_of(ours.dtype), 2 * rounding_of(tensors[0].dtype) if name == "affinity" else 0)
         error, allowed = (ours.double() - truth).abs().max(), (theirs.double() - truth).abs().max()
-        limit = (2 if name == "out" else 3) * allowed + rounding_of(ours.dtype) * max(truth.abs().max().item(), 1)
+        limit = (2 if name == "out" else 3) * allowed + rounding * truth.abs().max()
+        limit += 4 * vanishing * tensors[0].shape[-1] ** 0.5
         assert error <= limit, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}, limit {limit:.2e}"
 
 
@@ -230,7 +244,9 @@ def test_latent_attention_triton_fuzz(data, device_of_fuzz):
     tensors, log_affinity, grad_out = random_tensors(*shape, dtype, device_of_fuzz)
     if log_affinity is not None and data.draw(st.booleans()):
         log_affinity = log_affinity.to(data.draw(st.sampled_from(DTYPES)))
-    assert_as_exact_as_pytorch(tensors, log_affinity, grad_out, data.draw(st.booleans()))
+    # So small that PyTorch's error is zero, or luck.
+    vanishing = torch.finfo(dtype).eps
+    assert_as_exact_as_pytorch(tensors, log_affinity, grad_out, data.draw(st.booleans()), vanishing)
 
 
 @pytest.fixture(scope="session", params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -375,8 +391,8 @@ def differentiated(function: Callable, leaves: list[Tensor], grad_out: Tensor, *
 
 
 def test_operator_is_these_kernels(device):
-    for affinity in (0, 2, 3):
-        tensors, log_affinity, grad_out = random_tensors(2, 2, 5, 9, 16, affinity, device=device)
+    for affinity in (0, 3):
+        tensors, log_affinity, grad_out = random_tensors(1, 2, 5, 9, 16, affinity, device=device)
         leaves = tensors if log_affinity is None else [*tensors, log_affinity]
         with use_backend(latent_attention="triton"):
             found = differentiated(latent_attention, leaves, grad_out, skip_empty_tiles=True)
