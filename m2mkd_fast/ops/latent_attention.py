@@ -13,7 +13,7 @@ from m2mkd_fast.backend import device_reason, select_backend, triton_reason
 from m2mkd_fast.errors import M2MKDError
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_HEAD_DIMS = (16, 128)
+_TRITON_HEAD_DIMS = (1, 128)  # narrow heads are padded
 
 
 def latent_attention(
@@ -144,6 +144,8 @@ def _why_not_triton(query: Tensor, log_affinity: Tensor | None, log_scale: Tenso
     for tensor in (query, log_affinity):
         if tensor is not None and tensor.dtype not in _TRITON_DTYPES:
             return f"the kernel knows float32, bfloat16 and float16, not {tensor.dtype}"
+    if query.dtype == torch.bfloat16 and query.device.type != "cuda":
+        return "Triton's interpreter multiplies the bits of bfloat16, not the numbers"
     lowest, highest = _TRITON_HEAD_DIMS
     if not lowest <= query.shape[-1] <= highest:
         return f"the kernel takes heads of {lowest} to {highest} channels, not {query.shape[-1]}"
