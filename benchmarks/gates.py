@@ -18,6 +18,7 @@ from typing import Any
 import tomllib
 import torch
 import torch.nn.functional as F
+from _paired import Ratio, write_json
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,6 +47,7 @@ class Gates:
 
     def __init__(self) -> None:
         self.results: list[bool] = []
+        self.ratios: list[Ratio] = []
 
     def note(self, passed: bool, text: str) -> bool:
         self.results.append(passed)
@@ -58,6 +60,7 @@ class Gates:
         if ratio.high < limit:
             print(f"     {ratio}  limit {limit}x, missed; once more")
             ratio = measure(**arguments)
+        self.ratios.append(ratio)
         self.note(ratio.high >= limit, f"{ratio}  limit {limit}x")
 
 
@@ -149,6 +152,7 @@ def imports(gates: Gates, seconds: float, heavy_modules: list[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="measure only speed-ups whose benchmark or arguments contain this")
+    parser.add_argument("--json", type=Path, help="write the speed-ups to this file")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     limits = tomllib.loads(LIMITS.read_text())
@@ -162,6 +166,8 @@ def main() -> int:
     for entry in limits["speedup"]:
         if options.only in f"{entry['benchmark']} {entry['arguments']}":
             gates.speedup(**entry)
+    if options.json:
+        write_json(options.json, gates.ratios)
     print(f"{sum(gates.results)} of {len(gates.results)} limits hold")
     return 0 if all(gates.results) else 1
 
