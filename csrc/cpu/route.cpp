@@ -13,6 +13,7 @@
 
 #include "../route.h"
 #include "falling_order.h"
+#include "instruction_set.h"
 #include "softmax.h"
 
 namespace m2mkd {
@@ -30,9 +31,10 @@ template <typename scalar_t>
 void choose(const scalar_t* scores, const RouteProblem& p, scalar_t* gates, int64_t* choice) {
   torch::stable::parallel_for(0, p.groups * p.tokens, grain(p.experts), [&](int64_t begin, int64_t end) {
     const int64_t count = end - begin, first = begin * p.experts;
-    largest_of_rows(scores + first, count, p.experts, p.top_k, choice + begin * p.top_k);
+    with_best_instructions(
+        [&] { largest_of_rows(scores + first, count, p.experts, p.top_k, choice + begin * p.top_k); });
     if (p.gate == Gate::softmax_top_k) {
-      softmax_rows(scores + first, count, p.experts, gates + first);
+      with_best_instructions([&] { softmax_rows(scores + first, count, p.experts, gates + first); });
       return;
     }
     std::fill(gates + first, gates + end * p.experts, scalar_t(0));
