@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -32,14 +32,15 @@ class EvaluationCache:
     def __init__(self) -> None:
         self._entry: tuple[tuple, list[Tensor], Any] | None = None
 
-    def get(self, sources: Sequence[Tensor], compute: Callable[[], T]) -> T:
+    def get(self, sources: Sequence[Tensor], compute: Callable[[], T], settings: Hashable = ()) -> T:
         """``compute()``, or what it returned for the same sources.
 
         Args:
             sources: all tensors that the value depends on. Subclasses, inference tensors, tensors without memory (meta,
                 ``vmap``) are not followed: with one of them every call computes.
-            compute: a function of the sources alone that returns a tensor, or a tuple or list of tensors. The value is
-                handed out again and again: nobody may write to it.
+            compute: a function of the sources and settings alone that returns a tensor, or a tuple or list of tensors.
+                The value is handed out again and again: nobody may write to it.
+            settings: what else the value depends on and may be changed between two calls, such as a layer's options.
         """
         if torch.compiler.is_compiling():
             return compute()
@@ -49,6 +50,7 @@ class EvaluationCache:
         key = _key(sources)
         if key is None:
             return compute()
+        key = (key, settings)
         entry = self._entry  # read once: other threads may replace it
         if entry is not None and entry[0] == key:
             return entry[2]

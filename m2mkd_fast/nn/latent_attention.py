@@ -142,7 +142,9 @@ class LatentAttention(CachesInEvaluation):
         if self.kernel.samples:
             return self.kernel(distance, batch_size, normalize=normalize)
         return self._affinity_cache.get(
-            [distance, self.kernel.bandwidth], lambda: self.kernel(distance, batch_size, normalize=normalize)
+            [distance, self.kernel.bandwidth],
+            lambda: self.kernel.unsampled(distance, normalize),
+            (normalize, *self.kernel.settings),
         )
 
     def _distance(self, receiver_signatures: Tensor | None, sender_signatures: Tensor | None) -> Tensor:

@@ -101,6 +101,11 @@ class DotProductKernel(nn.Module):
         """Whether a call draws edges, as the module's mode says."""
         return self.stochastic and (self.training or self.evaluation == "sample")
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What :meth:`unsampled` depends on beside its arguments, the bandwidth and the mode."""
+        return self.truncation, self.truncation_implementation, self.stochastic, self.evaluation
+
     def unsampled(self, distance: Tensor, normalize: bool = False) -> Tensor:
         """``[U, V]``: log affinities without a draw; binary in evaluation by threshold."""
         binary = self.stochastic and not self.training and self.evaluation == "threshold"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -52,6 +54,30 @@ def test_receiver_without_sender_keeps_its_state() -> None:
     states, codes, signatures, senders, sender_codes, _ = inputs()
     out = attention(states, codes, signatures, senders, sender_codes, -signatures[:1].expand(V, -1))
     torch.testing.assert_close(out[:, 0], states[:, 0] + attention.exit_layer.native_bias)
+
+
+def test_receivers_without_sender_are_counted() -> None:
+    _, _, signatures, _, _, _ = inputs()
+    far = -signatures[:1].expand(V, -1)
+    assert layer(kernel_kwargs={"truncation": 0.9}).receivers_without_sender(signatures, signatures) == 0
+    assert 1 <= layer(kernel_kwargs={"truncation": 0.9}).receivers_without_sender(signatures, far) <= U
+    assert layer(kernel_kwargs={"truncation": 0.9}).receivers_without_sender(signatures[:1], far) == 1
+    assert layer().receivers_without_sender(signatures, far) == 0
+    assert layer(kernel_type=None).receivers_without_sender(signatures, far) == 0
+
+
+@pytest.mark.parametrize(("option", "value"), [("evaluation", "threshold"), ("truncation", 0.9), ("stochastic", False)])
+@torch.no_grad()
+def test_what_evaluation_remembers_follows_the_kernels_options(option: str, value: object) -> None:
+    options = {"stochastic_kernel": True, "stochastic_eval_behaviour": "no_sample"}
+    if option == "stochastic":
+        options["stochastic_eval_behaviour"] = "threshold"
+    attention = layer(kernel_kwargs=options).eval()
+    before = attention(*inputs())
+    setattr(attention.kernel, option, value)
+    after = attention(*inputs())
+    assert not torch.allclose(after, before)
+    assert torch.equal(after, copy.deepcopy(attention)(*inputs()))
 
 
 def test_key_normalisation_matters_to_scaled_weights_alone() -> None:
