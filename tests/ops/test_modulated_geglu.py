@@ -148,7 +148,8 @@ def test_modulated_geglu_fuzz(data):
         found = everything(modulated_geglu, tensors, grad)
     for ours, truth in zip(found, exactly(tensors, grad.float()), strict=True):
         scale_of = truth.abs().max().item() if truth.numel() else 1.0
-        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=2e-6 * scale_of)
+        # In float64 1 + erf is 0 below -8.3 standard deviations, where the kernel still has the tail of about 1e-17.
+        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=2e-6 * scale_of + 1e-14)
 
 
 def test_gates_far_out_and_not_finite(kernel):
