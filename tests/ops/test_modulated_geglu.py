@@ -146,10 +146,12 @@ def test_modulated_geglu_fuzz(data):
         tensors = [tensor.repeat_interleave(2, -1)[..., ::2] for tensor in tensors]
     with use_backend(modulated_geglu="cpu"):
         found = everything(modulated_geglu, tensors, grad)
+    # 1 + erf in float64 rounds to multiples of 1e-16, where the kernel still knows how thin the tail is.
+    largest = [tensor.abs().max().item() if tensor.numel() else 0.0 for tensor in (hidden, scale, grad)]
+    tail = 1e-15 * max(batch, 1) * largest[0] ** 2 * largest[1] * largest[2]
     for ours, truth in zip(found, exactly(tensors, grad.float()), strict=True):
         scale_of = truth.abs().max().item() if truth.numel() else 1.0
-        # In float64 1 + erf is 0 below -8.3 standard deviations, where the kernel still has the tail of about 1e-17.
-        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=2e-6 * scale_of + 1e-14)
+        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=2e-6 * scale_of + tail)
 
 
 def test_gates_far_out_and_not_finite(kernel):
