@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from _paired import Ratio, paired_ratio, write_json
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2mkd_fast.backend import use_backend
 from m2mkd_fast.models import create_model
@@ -93,6 +94,36 @@ def measure(case: str, phase: str, pairs: int, *, device: str = "cpu", baseline:
     )
 
 
+class RecordProducts(TorchDispatchMode):
+    """Keeps every matrix product and convolution with its arguments."""
+
+    OPERATORS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution", "aten::convolution_backward")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.name in self.OPERATORS:
+            copies = [arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args]
+            self.products.append(partial(func, *copies, **kwargs))
+        return func(*args, **kwargs)
+
+
+def measure_products(case: str, pairs: int) -> Ratio:
+    """A training step on the kernels against its matrix products alone, which are the least that it can take."""
+    step = Workload(case, "training step", "cpu", CASES[case][1], plain=False)
+    with RecordProducts() as recorded:
+        step()
+
+    def products() -> None:
+        for product in recorded.products:
+            product()
+
+    return paired_ratio(f"circuit, {case}, training step, against its products alone", step, products, pairs=pairs)
+
+
 def measure_captured(case: str, pairs: int) -> Ratio:
     """Inference of one image by a captured CUDA graph against the plain model, eager."""
     from m2mkd_fast.models.cuda_graph import capture_inference
@@ -128,6 +159,9 @@ def main() -> None:
                 note(measure(case, phase, options.pairs, device="cuda", baseline=baseline))
         else:
             note(measure(case, phase, options.pairs))
+    if not torch.cuda.is_available():
+        for case in CASES:
+            note(measure_products(case, options.pairs))
     if torch.cuda.is_available():
         for case in CASES:
             note(measure_captured(case, options.pairs))
