@@ -1,4 +1,4 @@
-// Counter-based random numbers, as in m2mkd_fast/ops/latent_affinity.py: Salmon et al., Parallel random numbers: as
+// Counter-based random numbers, as in m2mkd_fast/ops/philox.py: Salmon et al., Parallel random numbers: as
 // easy as 1, 2, 3, SC 2011.
 #pragma once
 

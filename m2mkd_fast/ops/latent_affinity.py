@@ -13,9 +13,9 @@ from m2mkd_fast._extension import why_missing
 from m2mkd_fast.autocast import without_autocast
 from m2mkd_fast.backend import device_reason, select_backend, triton_reason
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.ops.philox import philox_uniform
 
 TruncationImplementation = Literal["direct", "masked"]
-_WORD = 0xFFFFFFFF  # the largest number of 32 bits
 
 
 def latent_affinity(
@@ -138,28 +138,6 @@ def signature_distance(receiver_signatures: Tensor, sender_signatures: Tensor) -
         receivers = F.normalize(receiver_signatures.to(dtype), dim=-1)
         senders = F.normalize(sender_signatures.to(dtype), dim=-1)
         return 1.0 - receivers @ senders.mT
-
-
-def philox_uniform(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The noise of :func:`latent_affinity` in plain PyTorch: above 0 and at most 1, to which float32 rounds up."""
-    count = math.prod(shape)
-    counter, seed = torch.arange((count + 3) // 4, device=seed.device), seed.reshape(())
-    zero = torch.zeros_like(counter)
-    words = philox4x32((seed & _WORD, (seed >> 32) & _WORD), (counter & _WORD, (counter >> 32) & _WORD, zero, zero))
-    word = torch.stack(words, dim=-1).flatten()[:count].view(shape)
-    return (word >> 8).to(dtype) * 2.0**-24 + 2.0**-25
-
-
-def philox4x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Ten rounds of philox4x32: four random words of four words that count, all of them int64 from 0 to 2^32 - 1."""
-    c0, c1, c2, c3 = counter
-    for _ in range(10):
-        # Where the int64 product overflows its bits are right all the same.
-        left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((right >> 32) & _WORD) ^ c1 ^ key[0], right & _WORD
-        c2, c3 = ((left >> 32) & _WORD) ^ c3 ^ key[1], left & _WORD
-        key = ((key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD)
-    return c0, c1, c2, c3
 
 
 def _sample(log_probability: Tensor, uniform: Tensor, temperature: float) -> Tensor:

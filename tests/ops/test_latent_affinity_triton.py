@@ -26,9 +26,9 @@ from m2mkd_fast.nn.latent_kernel import DotProductKernel
 from m2mkd_fast.ops.latent_affinity import (
     latent_affinity,
     latent_affinity_reference,
-    philox_uniform,
     signature_distance,
 )
+from m2mkd_fast.ops.philox import philox_uniform
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # receivers, senders: a multiple of four edges or not, less than a block and several

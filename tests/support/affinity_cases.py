@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from m2mkd_fast.backend import use_backend
-from m2mkd_fast.ops.latent_affinity import latent_affinity, philox_uniform
+from m2mkd_fast.ops.latent_affinity import latent_affinity
+from m2mkd_fast.ops.philox import philox_uniform
 
 MARGIN = 1e-4  # no distance as near to a truncation: precisions may not agree on its side
 
