@@ -21,6 +21,7 @@ _HOME = {
     "capture_inference": "models.cuda_graph",
     "create_dataset": "data",
     "create_model": "models",
+    "debug": "checks",
     "density_report": "models.nac",
     "evaluate_accuracy": "evaluate",
     "hybrid": "modules",
