@@ -16,11 +16,13 @@ STABLE_TORCH_LIBRARY(m2mkd_fast, m) {
       "_latent_affinity_backward(Tensor grad, Tensor distance, Tensor bandwidth, float? truncation, bool masked,"
       " Tensor? seed, Tensor? uniform, float temperature) -> (Tensor grad_distance, Tensor grad_bandwidth)");
   m.def(
-      "_route_forward(Tensor scores, int top_k, str gate, int? capacity, bool batch_priority)"
-      " -> (Tensor token, Tensor expert, Tensor weight, Tensor offsets, Tensor place, Tensor gates)");
+      "_route_forward(Tensor logits, Tensor? noise, Tensor? seed, float noise_std, int top_k, str gate, int? capacity,"
+      " bool batch_priority, int losses) -> (Tensor token, Tensor expert, Tensor weight, Tensor offsets, Tensor place,"
+      " Tensor gates, Tensor losses, Tensor choice, Tensor threshold, Tensor slopes, Tensor softmax)");
   m.def(
-      "_route_backward(Tensor? grad_weight, Tensor? grad_gates, Tensor gates, Tensor token, Tensor expert, Tensor offsets)"
-      " -> Tensor");
+      "_route_backward(Tensor? grad_weight, Tensor? grad_gates, Tensor? grad_losses, Tensor logits, Tensor gates,"
+      " Tensor place, Tensor choice, Tensor threshold, Tensor slopes, Tensor softmax, float noise_std, str gate,"
+      " int losses, bool need_noise) -> (Tensor grad_logits, Tensor grad_noise)");
   m.def(
       "_latent_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? log_affinity)"
       " -> (Tensor out, Tensor logsumexp)");

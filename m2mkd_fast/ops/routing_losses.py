@@ -76,7 +76,7 @@ def load_loss(logits: Tensor, noise: Tensor, *, top_k: int, noise_std: float) ->
     return _squared_coefficient_of_variation(chosen.sum(dim=-2) / max(logits.shape[-2], 1))
 
 
-def gshard_loss(gates: Tensor) -> Tensor:
+def gshard_loss(gates: Tensor, first: Tensor | None = None) -> Tensor:
     """Product of the share of tokens whose first choice an expert is and its mean gate, averaged over experts.
 
     ``loss_g = E**2 * mean_e(f_e * m_e)``, ``f_e`` = share of tokens with ``argmax_e gates = e`` (no gradient),
@@ -84,6 +84,8 @@ def gshard_loss(gates: Tensor) -> Tensor:
 
     Args:
         gates: [..., S, E]; [G, S, E] as a rule.
+        first: [..., S] int64, each token's first choice; by default that of its largest gate. Where gates are rounded
+            to the same number, scores may still tell them apart.
 
     Returns:
         [...], one value a group; a group without tokens gives zero.
@@ -95,10 +97,11 @@ def gshard_loss(gates: Tensor) -> Tensor:
     """
     _check_scores("gates", gates)
     tokens, experts = gates.shape[-2:]
-    first = torch.nn.functional.one_hot(gates.detach().argmax(dim=-1), experts)
+    first = gates.detach().argmax(dim=-1) if first is None else first
+    count = torch.nn.functional.one_hot(first, experts).sum(dim=-2)
     # The published code takes the share as count * (1 / S) in single precision whatever the gates' is: the same here,
     # so that values agree to the last digits.
-    share = (first.sum(dim=-2).float() * (1.0 / max(tokens, 1))).to(gates.dtype)
+    share = (count.float() * (1.0 / max(tokens, 1))).to(gates.dtype)
     return (share * gates.sum(dim=-2) / max(tokens, 1)).mean(dim=-1) * experts**2
 
 
