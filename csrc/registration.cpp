@@ -40,6 +40,16 @@ STABLE_TORCH_LIBRARY(m2mkd_fast, m) {
   m.def(
       "_modulated_geglu_backward(Tensor grad_outputs, Tensor hidden, Tensor scale)"
       " -> (Tensor grad_hidden, Tensor grad_scale)");
+  m.def(
+      "_expert_mlp_forward(Tensor x, Tensor token, Tensor expert, Tensor weight, Tensor offsets, Tensor place,"
+      " Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias, str activation, float hidden_dropout,"
+      " float output_dropout, Tensor? seed, bool keep_preactivation) -> (Tensor out, Tensor preactivation)");
+  m.def(
+      "_expert_mlp_backward(Tensor grad_out, Tensor preactivation, Tensor x, Tensor token, Tensor expert, Tensor weight,"
+      " Tensor offsets, Tensor place, Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias,"
+      " str activation, float hidden_dropout, float output_dropout, Tensor? seed, bool need_x, bool need_parameters)"
+      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_up_weight, Tensor grad_up_bias, Tensor grad_down_weight,"
+      " Tensor grad_down_bias)");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C() {
