@@ -433,7 +433,7 @@ class _Route(torch.autograd.Function):
 
 
 def _why_not_cpu(logits: Tensor) -> str | None:
-    return device_reason(logits, "cpu") or why_missing("_C") or "the kernel for noise and losses is not there yet"
+    return device_reason(logits, "cpu") or why_missing("_C")
 
 
 def _why_not_cuda(logits: Tensor, top_k: int) -> str | None:
