@@ -200,20 +200,20 @@ void largest_of_columns(
     indices[k] = IntegerLanes<scalar_t>{};
   }
   for (int64_t e = 0; e < experts; ++e) {
-    IntegerLanes<scalar_t> candidate;
-    OrderedLanes<scalar_t>::of_score(scores[e], candidate);
-    IntegerLanes<scalar_t> candidate_index = IntegerLanes<scalar_t>{} + static_cast<LaneInteger<scalar_t>>(e);
-    if (!is_few && !any(candidate > keys[top_k - 1])) {
+    IntegerLanes<scalar_t> score;
+    OrderedLanes<scalar_t>::of_score(scores[e], score);
+    if (!is_few && !any(score > keys[top_k - 1])) {
       continue;
     }
+    IntegerLanes<scalar_t> moved = score;
+    IntegerLanes<scalar_t> moved_index = IntegerLanes<scalar_t>{} + static_cast<LaneInteger<scalar_t>>(e);
     for (int64_t k = 0; k < top_k; ++k) {
-      const IntegerLanes<scalar_t> above = candidate > keys[k];
-      const IntegerLanes<scalar_t> key_out = above ? keys[k] : candidate;
-      const IntegerLanes<scalar_t> index_out = above ? indices[k] : candidate_index;
-      keys[k] = above ? candidate : keys[k];
-      indices[k] = above ? candidate_index : indices[k];
-      candidate = key_out;
-      candidate_index = index_out;
+      const IntegerLanes<scalar_t> above = score > keys[k];  // from here on, every choice makes room
+      const IntegerLanes<scalar_t> key_out = keys[k], index_out = indices[k];
+      keys[k] = above ? moved : key_out;
+      indices[k] = above ? moved_index : index_out;
+      moved = above ? key_out : moved;
+      moved_index = above ? index_out : moved_index;
     }
   }
   if constexpr (is_few) {
@@ -618,7 +618,7 @@ void tokens_choose(
     });
   };
   if (p.batch_priority) {
-    torch::stable::parallel_for(0, p.groups, 1, [&](int64_t group_begin, int64_t group_end) {
+    torch::stable::parallel_for(0, p.tokens == 0 ? 0 : p.groups, 1, [&](int64_t group_begin, int64_t group_end) {
       FallingOrder<scalar_t> falling_order;
       for (int64_t g = group_begin; g < group_end; ++g) {
         const int64_t first = g * p.tokens;
