@@ -345,7 +345,7 @@ def _check(
 
 def _reasons(x: Tensor, up_weight: Tensor, up_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None):
     """PyTorch's products can always run, so nothing falls back on the reference."""
-    reasons = {"triton": _why_not_triton(x), "torch": None}
+    reasons = {"triton": _why_not_triton(x), "cpu": _why_not_cpu(x), "torch": None}
     grouped_or_sliced = not torch.compiler.is_compiling() or _grouped_products_fit(x, up_weight, down_weight)
     if x.device.type == "cpu" and not _KERNEL_OUTDOES_LIBRARIES and grouped_or_sliced:
         return dict(reversed(reasons.items()))
@@ -470,3 +470,6 @@ def _backward_fake(
 
 torch.library.register_fake("m2mkd_fast::_expert_mlp_triton_forward", _triton_forward_fake)
 torch.library.register_fake("m2mkd_fast::_expert_mlp_triton_backward", _backward_fake)
+if why_missing("_C") is None:
+    torch.library.register_fake("m2mkd_fast::_expert_mlp_forward", _cpu_forward_fake)
+    torch.library.register_fake("m2mkd_fast::_expert_mlp_backward", _backward_fake)

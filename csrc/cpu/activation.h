@@ -1,0 +1,66 @@
+// Activations and their slopes, on arrays: values may be the arguments' own memory.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "elementary.h"
+#include "normal_distribution.h"
+
+namespace m2mkd {
+
+enum class Phi { gelu, gelu_tanh, silu };
+
+template <typename scalar_t>
+struct ValueAndSlope {
+  scalar_t value, slope;
+};
+
+template <typename scalar_t>
+ValueAndSlope<scalar_t> gelu(scalar_t x) {
+  constexpr scalar_t kDensity = 0.3989422804014327;  // 1 / sqrt(2 pi)
+  const scalar_t e = exp_of_nonpositive(scalar_t(-0.5) * x * x), cdf = normal_cdf(x, e);
+  return {x * cdf, cdf + x * (kDensity * e)};
+}
+
+// The logistic function of y, and of -y.
+template <typename scalar_t>
+struct Logistic {
+  scalar_t plus, minus;
+  explicit Logistic(scalar_t y) {
+    const scalar_t e = exp_of_nonpositive(-std::abs(y)), large = 1 / (1 + e), small = e * large;
+    plus = y > 0 ? large : small;
+    minus = y > 0 ? small : large;
+  }
+};
+
+template <typename scalar_t>
+ValueAndSlope<scalar_t> gelu_tanh(scalar_t x) {
+  // (1 + tanh(y / 2)) / 2 is the logistic function of y.
+  constexpr scalar_t kTwice = 1.5957691216057308, kCubic = 0.044715;  // 2 sqrt(2 / pi)
+  const scalar_t square = x * x;
+  const Logistic<scalar_t> logistic(kTwice * (x + kCubic * square * x));
+  const scalar_t inner_slope = kTwice * (1 + 3 * kCubic * square);
+  return {x * logistic.plus, logistic.plus + x * (logistic.plus * logistic.minus) * inner_slope};
+}
+
+template <typename scalar_t>
+ValueAndSlope<scalar_t> silu(scalar_t x) {
+  const Logistic<scalar_t> logistic(x);
+  return {x * logistic.plus, logistic.plus + x * (logistic.plus * logistic.minus)};
+}
+
+// Calls run with the function.
+template <typename scalar_t, typename Run>
+void with_phi(Phi phi, const Run& run) {
+  switch (phi) {
+    case Phi::gelu:
+      return run([](scalar_t x) { return gelu(x); });
+    case Phi::gelu_tanh:
+      return run([](scalar_t x) { return gelu_tanh(x); });
+    default:
+      return run([](scalar_t x) { return silu(x); });
+  }
+}
+
+}  // namespace m2mkd
