@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -10,8 +13,7 @@ from torch import Tensor, nn
 
 from m2mkd_fast.autocast import without_autocast
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
-from m2mkd_fast.ops.route import Assignment, Gate, capacity_of, route
-from m2mkd_fast.ops.routing_losses import gshard_loss, importance_loss, load_loss, router_z_loss
+from m2mkd_fast.ops.route import LOSSES, Assignment, Gate, capacity_of, route
 
 # What the published models set, as keyword arguments of `Router` and `VisionMoE`.
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -50,23 +52,26 @@ class Router(nn.Module):
     m2mKD's router, ``Router(dim, E, **ROUTERS["m2mkd"])``: biased logits, top-k, softmax over the k; nothing is
     dropped.
 
-    Everything is computed in float32 at least, also under autocast. In evaluation there is no noise and there are no
-    losses.
+    Everything is computed in float32 at least, also under autocast. The noise comes from PyTorch's generator on the
+    device of the tokens. In evaluation there is no noise and there are no losses; :func:`inference_routing` changes
+    k, capacity and priority there.
 
     Args:
         dim: width D of the tokens.
         num_experts: E.
         top_k: experts a token chooses.
-        gate: ``"softmax_top_k"``, ``"top_k_softmax"`` or ``"experts_choose"``.
+        gate: ``"softmax_top_k"``, ``"top_k_softmax"``, ``"sigmoid"`` (the chosen experts' weights are the sigmoids of
+            their logits, not renormalised) or ``"experts_choose"``.
         gate_bias: whether the logits have a bias.
         noise_std: times ``1 / E``, the standard deviation of the noise in training.
-        capacity_factor: in training; None drops nothing (``experts_choose`` needs a factor; top_k counts as 1 there).
+        capacity_factor: in training; None, or ``math.inf``, drops nothing (``experts_choose`` needs a factor; top_k
+            counts as 1 there).
         eval_capacity_factor: in evaluation; the one of training if not given.
         batch_priority: fill an expert's slots in the order of falling first-choice weight.
         group_size: images routed together; None for the whole batch. A smaller batch is one group.
         importance_loss_weight, load_loss_weight, gshard_loss_weight, z_loss_weight: see
             :mod:`m2mkd_fast.ops.routing_losses`; a loss of weight zero is not computed. The importance loss takes the
-            softmax without noise, the GShard loss the one with noise, the load loss needs noise.
+            softmax (or sigmoid) without noise, the GShard loss the one with noise, the load loss needs noise.
 
     State names: ``gate.weight [E, D]`` and, with a bias, ``gate.bias [E]``.
 
@@ -102,6 +107,9 @@ class Router(nn.Module):
         self.kind, self.noise_std, self.batch_priority, self.group_size = gate, noise_std, batch_priority, group_size
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
+        # Set by `inference_routing` for a while; None is as in training.
+        self.eval_top_k: int | None = None
+        self.eval_batch_priority: bool | None = None
         self.loss_weights = {
             "importance": importance_loss_weight,
             "load": load_loss_weight,
@@ -118,20 +126,26 @@ class Router(nn.Module):
         """
         groups = self._groups(x)
         logits = self._logits(x).view(groups, -1, self.num_experts)
-        noise_std = self.noise_std / self.num_experts
-        if noise is None and self.training and noise_std > 0:
-            noise = torch.randn_like(logits)
+        noise_std, seed = self.noise_std / self.num_experts, None
         if noise is not None:
             noise = noise * noise_std
+        elif self.training and noise_std > 0:
+            # A seed rather than the noise: the operator draws it where it is used.
+            seed = torch.randint(2**63 - 1, (), device=logits.device)
+        wanted = [name for name in LOSSES if self.training and self.loss_weights[name]]
         assignment = route(
             logits,
             noise,
-            top_k=self.top_k,
+            top_k=self._top_k(),
             gate=self.kind,
             capacity=self._capacity(logits.shape[1]),
-            batch_priority=self.batch_priority,
+            batch_priority=self._batch_priority(),
+            noise_std=0.0 if noise is None and seed is None else noise_std,
+            seed=seed,
+            losses=wanted,
         )
-        return Routing(assignment, self._losses(logits, noise) if self.training else {}, logits)
+        means = dict(zip(LOSSES, assignment.losses.mean(dim=1).unbind(), strict=True)) if wanted else {}
+        return Routing(assignment, {name: means[name] for name in wanted}, logits)
 
     def auxiliary_loss(self, losses: dict[str, Tensor]) -> Tensor | None:
         """Weighted sum of the losses of a forward pass, None where there are none."""
@@ -160,6 +174,13 @@ class Router(nn.Module):
             "multiple of group_size, drop the last partial batch, or build the router with group_size=None"
         )
 
+    def _top_k(self) -> int:
+        return self.top_k if self.training or self.eval_top_k is None else self.eval_top_k
+
+    def _batch_priority(self) -> bool:
+        own = self.training or self.eval_batch_priority is None
+        return self.batch_priority if own else self.eval_batch_priority
+
     def _factor(self) -> float | None:
         return self.capacity_factor if self.training else self.eval_capacity_factor
 
@@ -168,7 +189,9 @@ class Router(nn.Module):
         return self.kind != "experts_choose" and self._slots(tokens) >= tokens
 
     def _slots(self, tokens: int) -> int:
-        top_k = 1 if self.kind == "experts_choose" else self.top_k
+        if math.isinf(self._factor()):
+            return tokens
+        top_k = 1 if self.kind == "experts_choose" else self._top_k()
         return capacity_of(tokens, top_k, self.num_experts, self._factor())
 
     def _capacity(self, tokens: int) -> int | None:
@@ -178,38 +201,18 @@ class Router(nn.Module):
             return min(self._slots(tokens), tokens)
         return None if self._never_full(tokens) else self._slots(tokens)
 
-    def _losses(self, logits: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
-        losses = {}
-        if self.loss_weights["importance"]:
-            losses["importance"] = importance_loss(logits.softmax(dim=-1)).mean()
-        if self.loss_weights["load"]:
-            losses["load"] = load_loss(
-                logits, noise, top_k=self.top_k, noise_std=self.noise_std / self.num_experts
-            ).mean()
-        if self.loss_weights["gshard"]:
-            scores = logits if noise is None else logits + noise
-            losses["gshard"] = gshard_loss(scores.softmax(dim=-1)).mean()
-        if self.loss_weights["z"]:
-            losses["z"] = router_z_loss(logits).mean()
-        return losses
-
     def _check_arguments(self) -> None:
         if self.kind not in get_args(Gate):
             raise UnknownNameError("gate", self.kind, get_args(Gate))
         if self.num_experts < 1:
             raise M2MKDError(f"num_experts is {self.num_experts}; a router needs at least one")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise M2MKDError(
-                f"top_k is {self.top_k}; with {self.num_experts} experts it must be within 1 to {self.num_experts}"
-            )
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            factor = getattr(self, name)
-            if factor is not None and not factor > 0:
-                raise M2MKDError(f"{name} is {factor}; it must be positive, or None to drop nothing")
+        _check_top_k(self.top_k, self.num_experts)
+        _check_factor("capacity_factor", self.capacity_factor)
+        _check_factor("eval_capacity_factor", self.eval_capacity_factor)
         if self.kind == "experts_choose" and self.capacity_factor is None:
             raise M2MKDError("gate='experts_choose' needs a capacity_factor: how many tokens an expert takes")
         if self.kind == "experts_choose" and self.batch_priority:
-            raise M2MKDError("batch_priority has no meaning with gate='experts_choose': leave it out")
+            raise M2MKDError(_NO_MEANING.format("batch_priority"))
         if self.group_size is not None and self.group_size < 1:
             raise M2MKDError(f"group_size is {self.group_size}; it must be at least 1, or None for the whole batch")
         if self.noise_std < 0:
@@ -223,3 +226,70 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         factors = f"{self.capacity_factor}, {self.eval_capacity_factor} in evaluation"
         return f"gate={self.kind}, top_k={self.top_k}, noise_std={self.noise_std}, capacity_factor={factors}"
+
+
+@contextmanager
+def inference_routing(
+    model: nn.Module,
+    *,
+    top_k: int | None = None,
+    capacity_factor: float | None = None,
+    batch_priority: bool | None = None,
+) -> Iterator[None]:
+    """Inside a ``with`` block, route with other numbers than the model was trained with; in evaluation mode only.
+
+    This is how V-MoE trades quality against compute after training: fewer experts a token (or more), and, with batch
+    priority, a capacity so small that only the most important tokens are processed. It holds for every
+    :class:`Router` of the model while it is in evaluation mode, and is undone at the end. What is None stays as it is.
+    A captured CUDA graph keeps the routing it was captured with; ``torch.compile`` compiles again.
+
+    >>> with inference_routing(model.eval(), top_k=1, capacity_factor=0.5, batch_priority=True):
+    ...     logits = model(images)
+
+    Args:
+        model: contains at least one :class:`Router`, for instance in a :class:`~m2mkd_fast.nn.vision_moe.VisionMoE`.
+        top_k: experts a token chooses.
+        capacity_factor: slots of each expert as a multiple of an even share of all choices (which ``top_k`` changes
+            too); ``math.inf`` drops nothing.
+        batch_priority: whether important tokens come first where slots run out.
+
+    Raises:
+        M2MKDError: there is no router, or one of them cannot do what is asked for. Nothing has been changed then.
+
+    Source: Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", section 4.
+    """
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+    if not routers:
+        raise M2MKDError(
+            f"inference_routing found no Router in this {type(model).__name__}; give it a model with VisionMoE layers"
+        )
+    given = {"eval_top_k": top_k, "eval_capacity_factor": capacity_factor, "eval_batch_priority": batch_priority}
+    given = {name: value for name, value in given.items() if value is not None}
+    _check_factor("capacity_factor", capacity_factor)
+    for name, router in routers.items():
+        if top_k is not None:
+            _check_top_k(top_k, router.num_experts, f" in {name}" if name else "")
+        for option, value in (("top_k", top_k), ("batch_priority", batch_priority)):
+            if router.kind == "experts_choose" and value:
+                raise M2MKDError(_NO_MEANING.format(option) + (f" ({name})" if name else ""))
+    before = [(router, {option: getattr(router, option) for option in given}) for router in routers.values()]
+    try:
+        for router in routers.values():
+            vars(router).update(given)
+        yield
+    finally:
+        for router, options in before:
+            vars(router).update(options)
+
+
+_NO_MEANING = "{} has no meaning with gate='experts_choose': leave it out"
+
+
+def _check_top_k(top_k: int, experts: int, where: str = "") -> None:
+    if not 1 <= top_k <= experts:
+        raise M2MKDError(f"top_k is {top_k}; with {experts} experts{where} it must be within 1 to {experts}")
+
+
+def _check_factor(name: str, factor: float | None) -> None:
+    if factor is not None and not factor > 0:
+        raise M2MKDError(f"{name} is {factor}; it must be positive, or math.inf to drop nothing")

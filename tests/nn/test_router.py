@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
-from m2mkd_fast.nn.router import ROUTERS, Router
+from m2mkd_fast.nn.router import ROUTERS, Router, inference_routing
+from m2mkd_fast.ops.philox import philox_normal
 from m2mkd_fast.ops.route import capacity_of
 from m2mkd_fast.ops.routing_losses import gshard_loss, importance_loss, load_loss, router_z_loss
 
@@ -64,6 +68,54 @@ def test_noise_has_the_published_scale_and_reaches_the_weights() -> None:
     torch.testing.assert_close(given, (0.5 * unscaled).softmax(dim=-1))
 
 
+def test_noise_is_drawn_from_a_seed_of_the_generator() -> None:
+    router = build(**ROUTERS["vmoe"]).train()
+    x = tokens()
+    torch.manual_seed(5)
+    drawn, next_one = router(x), router(x)
+    torch.manual_seed(5)
+    seed = torch.randint(2**63 - 1, ())
+    given = router(x, philox_normal(seed, tuple(drawn.logits.shape), torch.float32))
+    torch.testing.assert_close(drawn.assignment.gates, given.assignment.gates)
+    assert torch.equal(drawn.assignment.expert, given.assignment.expert)
+    for name, loss in drawn.losses.items():
+        torch.testing.assert_close(loss, given.losses[name])
+    assert not torch.equal(drawn.assignment.gates, next_one.assignment.gates)
+    assert torch.equal(drawn.logits, next_one.logits)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the values that are read back from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_read_back(training: bool) -> None:
+    router = build(**ROUTERS["vmoe"], batch_priority=True).train(training)
+    with HostReads() as reads:
+        torch.ones(()).item()
+        router(tokens())
+    assert reads.count == 1, "the first line's own"
+
+
+def test_sigmoid_gates() -> None:
+    router = build(gate="sigmoid", importance_loss_weight=1.0, noise_std=1.0).train()
+    x = tokens()
+    noise = torch.randn(1, 40, 4)
+    routing = router(x, noise)
+    logits = nn.functional.linear(x.view(-1, 8), router.gate.weight)
+    best = (logits + noise[0] / 4).topk(2)
+    place = routing.assignment.place
+    torch.testing.assert_close(routing.assignment.weight[place], best.values.sigmoid())
+    assert torch.equal(routing.assignment.expert[place], best.indices)
+    torch.testing.assert_close(routing.losses["importance"], importance_loss(logits.sigmoid()))
+
+
 def test_groups_are_routed_independently() -> None:
     router = build(top_k=1, capacity_factor=0.5, group_size=2)
     x = tokens(8)
@@ -89,6 +141,69 @@ def test_batch_priority_keeps_the_surest_tokens() -> None:
             assert gates[kept, expert].min() >= gates[mine & ~kept, expert].max()
     first = build(**options)(x)
     assert not torch.equal(first.assignment.place.ge(0), sure.assignment.place.ge(0))
+
+
+def test_low_capacity_in_evaluation_keeps_the_important_tokens() -> None:
+    router = build(**ROUTERS["vmoe"]).eval()
+    x = tokens(1, 64)
+    first_gate = router(x).assignment.gates[0].max(dim=-1).values
+    options = {"top_k": 1, "capacity_factor": 0.25}
+    with inference_routing(router, **options, batch_priority=True):
+        important = router(x).assignment
+    with inference_routing(router, **options):
+        first = router(x).assignment
+    kept, early = important.place[:, 0] >= 0, first.place[:, 0] >= 0
+    assert important.offsets[-1] == first.offsets[-1] == kept.sum() < 32
+    best = router(x).logits[0].argmax(dim=-1)
+    for expert in range(4):
+        mine = best == expert
+        slots = capacity_of(64, 1, 4, 0.25)
+        wanted = first_gate.masked_fill(~mine, -1.0).topk(min(slots, int(mine.sum()))).indices
+        assert set(wanted.tolist()) == set((mine & kept).nonzero()[:, 0].tolist())
+        assert (mine & early).nonzero()[:, 0].tolist() == mine.nonzero()[:slots, 0].tolist()
+    assert first_gate[kept].mean() > first_gate[early].mean()
+
+
+def test_inference_routing_changes_evaluation_only_and_for_a_while() -> None:
+    model = nn.ModuleDict({"a": build(capacity_factor=1.0), "b": build(top_k=1, num_experts=3)})
+    x = tokens()
+
+    def shapes() -> list[tuple[int, int]]:
+        assignments = [router(x).assignment for router in model.values()]
+        return [(assignment.place.shape[1], int(assignment.offsets[-1])) for assignment in assignments]
+
+    trained, evaluated = model.train() and shapes(), model.eval() and shapes()
+    with inference_routing(model, top_k=3, capacity_factor=math.inf):
+        assert shapes() == [(3, 120), (3, 120)]
+        with inference_routing(model, top_k=1):
+            assert shapes() == [(1, 40), (1, 40)]
+        assert shapes() == [(3, 120), (3, 120)]
+        model.train()
+        assert shapes() == trained
+        model.eval()
+    assert shapes() == evaluated
+    with pytest.raises(KeyError), inference_routing(model, top_k=3):
+        raise KeyError
+    assert shapes() == evaluated
+
+
+def test_inference_routing_refuses_what_routers_cannot_do() -> None:
+    model = nn.ModuleDict({"a": build(), "b": build(top_k=1, num_experts=3)}).eval()
+    with pytest.raises(M2MKDError, match="top_k is 4; with 3 experts in b"), inference_routing(model, top_k=4):
+        pass
+    assert model["a"](tokens()).assignment.place.shape[1] == 2, "nothing was changed"
+    with pytest.raises(M2MKDError, match="no Router in this Linear"), inference_routing(nn.Linear(2, 2), top_k=1):
+        pass
+    with pytest.raises(M2MKDError, match="capacity_factor is 0"), inference_routing(model, capacity_factor=0):
+        pass
+    chooser = build(gate="experts_choose", capacity_factor=1.0).eval()
+    for option in ({"top_k": 2}, {"batch_priority": True}):
+        with pytest.raises(M2MKDError, match=f"{next(iter(option))} has no meaning"):
+            inference_routing(chooser, **option).__enter__()
+    with inference_routing(chooser, capacity_factor=2.0):
+        assert chooser(tokens()).assignment.token.numel() == 2 * 40
+    with inference_routing(chooser, capacity_factor=math.inf):
+        assert chooser(tokens()).assignment.token.numel() == 4 * 40
 
 
 def test_capacity_differs_between_training_and_evaluation() -> None:
@@ -125,7 +240,7 @@ def test_experts_choose_their_tokens() -> None:
     routing = router(tokens(8))
     slots = capacity_of(20, 1, 4, 2.0)
     assert torch.equal(routing.assignment.offsets.diff(), torch.full((4,), 2 * slots))
-    assert routing.assignment.place.shape == (40, 0)
+    assert routing.assignment.place.shape == (40, 4)
     assert set(routing.losses) == {"importance"}
     few = build(gate="experts_choose", capacity_factor=2.0)(tokens(1, 3))
     assert torch.equal(few.assignment.offsets.diff(), torch.full((4,), 3)), "no more slots than tokens"
