@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
-from m2mkd_fast.ops.expert_mlp import Activation, expert_mlp
+from m2mkd_fast.ops.expert_mlp import GATED, Activation, expert_mlp
 from m2mkd_fast.ops.route import Assignment
 
 ExpertInit = Literal["linear", "trunc_normal", "published"]
@@ -73,18 +73,25 @@ class ExpertLinear(nn.Module):
 
 
 class ExpertMLP(nn.Module):
-    """E experts: ``linear, GELU, dropout, linear, dropout``, run by :func:`m2mkd_fast.ops.expert_mlp.expert_mlp`.
+    """E experts: ``linear, activation, dropout, linear, dropout``.
+
+    They are run by :func:`m2mkd_fast.ops.expert_mlp.expert_mlp`, which also draws the dropout masks, from a seed that
+    comes from PyTorch's generator.
 
     State names are the published ones: ``htoh4.weight [E, H, D]``, ``htoh4.bias [E, H]``, ``h4toh.weight [E, O, H]``,
-    ``h4toh.bias [E, O]``.
+    ``h4toh.bias [E, O]``. With a gated activation ``htoh4`` has 2H rows: H that make the values, then H that make the
+    gates. ``load_state_dict`` also takes the names of FastMoE since 1.0.1, which keeps a list of single experts
+    (``0.htoh4.weight [1, H, D]``, ...); :func:`fastmoe_state_dict` gives them.
 
     Args:
         num_experts: E.
         in_features: D.
-        hidden_features: H, D if not given.
+        hidden_features: H, the width of what enters the second layer, after any gate; D if not given. (timm's
+            ``GluMlp`` counts values and gates together: give half of its number.)
         out_features: O, D if not given.
         act_layer: ``nn.GELU``, timm's GELU layers, ``functools.partial(nn.GELU, approximate="tanh")``, or one of the
-            names ``"gelu"`` and ``"gelu_tanh"``.
+            names ``"gelu"``, ``"gelu_tanh"``, ``"geglu"`` (values times the GELU of gates) and ``"swiglu"`` (values
+            times the SiLU of gates).
         bias: whether both layers have one; a pair for each layer.
         drop: dropout probability after the activation and after the second layer; a pair for each.
         expert_init: see :class:`ExpertLinear`.
@@ -111,10 +118,12 @@ class ExpertMLP(nn.Module):
         factory = {"expert_init": expert_init, "device": device, "dtype": dtype}
         self.num_experts = num_experts
         self.activation = activation_name(act_layer)
-        self.htoh4 = ExpertLinear(num_experts, in_features, hidden_features, up_bias, **factory)
+        up_features = hidden_features * (2 if self.activation in GATED else 1)
+        self.htoh4 = ExpertLinear(num_experts, in_features, up_features, up_bias, **factory)
         self.h4toh = ExpertLinear(num_experts, hidden_features, out_features, down_bias, **factory)
         self.drop1 = nn.Dropout(up_drop)
         self.drop2 = nn.Dropout(down_drop)
+        self.register_load_state_dict_pre_hook(_stack_single_experts)
 
     def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
         """``[T, D]`` tokens and their assignment to ``[T, O]``."""
@@ -134,15 +143,83 @@ class ExpertMLP(nn.Module):
 
 
 def activation_name(act_layer: Callable[[], nn.Module] | str) -> Activation:
-    """The activation of the expert MLP that an activation layer stands for."""
+    """The activation of the expert MLP that an activation layer's constructor, or a name, stands for."""
     if isinstance(act_layer, str):
         if act_layer not in get_args(Activation):
             raise UnknownNameError("activation", act_layer, get_args(Activation))
         return act_layer
     layer = act_layer()
+    kind = gelu_kind(layer)
+    if kind is None:
+        known = ", ".join(get_args(Activation))
+        raise M2MKDError(f"experts have no activation {type(layer).__name__}; use nn.GELU or one of {known}")
+    return kind
+
+
+def gelu_kind(layer: nn.Module) -> Literal["gelu", "gelu_tanh"] | None:
+    """Which GELU a layer computes; None for any other layer."""
     # timm's own layers go by their class names: importing timm for an isinstance is not worth seconds of start-up.
     if type(layer).__name__ == "GELUTanh":
         return "gelu_tanh"
     if type(layer).__name__ == "GELU":
         return "gelu_tanh" if getattr(layer, "approximate", "none") == "tanh" else "gelu"
-    raise M2MKDError(f"experts have no activation {type(layer).__name__}; use nn.GELU, 'gelu' or 'gelu_tanh'")
+    return None
+
+
+def fastmoe_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """``model.state_dict()`` with the names of FastMoE since 1.0.1, whose layer keeps its experts in a list.
+
+    ``...experts.htoh4.weight [E, H, D]`` becomes ``...experts.<i>.htoh4.weight [1, H, D]``, a view of the parameter,
+    for each expert i, and so on for the other parameters of every :class:`ExpertMLP`; all other names stay.
+    ``load_state_dict`` of a model takes either kind of names.
+
+    Example:
+        >>> torch.save(fastmoe_state_dict(model), "fastmoe.pt")
+    """
+    experts = {
+        f"{name}." if name else "": module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, ExpertMLP)
+    }
+    split = {f"{prefix}{name}": prefix for prefix, module in experts.items() for name, _ in module.named_parameters()}
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if key in split:
+            prefix = split[key]
+            singles = tensor.split(1)
+            state.update({f"{prefix}{i}.{key.removeprefix(prefix)}": single for i, single in enumerate(singles)})
+        else:
+            state[key] = tensor
+    return state
+
+
+def _stack_single_experts(
+    experts: nn.Module,
+    state: dict[str, Tensor],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Put FastMoE's lists of single experts into the stacked names; name those that are missing or do not fit.
+
+    Single experts that the layer has no place for stay in the state, where PyTorch finds and names them.
+    """
+    for name, parameter in experts.named_parameters():
+        keys = [f"{prefix}{expert}.{name}" for expert in range(parameter.shape[0])]
+        present = [key for key in keys if key in state]
+        if not present or f"{prefix}{name}" in state:
+            continue
+        shape = (1, *parameter.shape[1:])
+        singles = {key: state.pop(key) for key in present}
+        missing += [key for key in keys if key not in singles]
+        misshapen = {key: tuple(tensor.shape) for key, tensor in singles.items() if tensor.shape != shape}
+        errors += [
+            f"size mismatch for {key}: copying a param with shape {has} from checkpoint, the shape of a single expert "
+            f"in current model is {shape}."
+            for key, has in misshapen.items()
+        ]
+        if len(singles) == len(keys) and not misshapen:
+            state[f"{prefix}{name}"] = torch.cat([singles[key] for key in keys])
