@@ -66,6 +66,8 @@ class VMoE(VisionTransformer):
         expert_init: how experts start, see :class:`~m2mkd_fast.nn.expert_mlp.ExpertLinear`. The default is that of the
             dense layers. ``"published"`` is m2mKD's, which starts the experts of ViT-Base 55 and 28 times smaller.
         expert_drop: dropout probability within the experts; dense blocks use ``proj_drop_rate``.
+        expert_act_layer: activation of the experts, such as ``"swiglu"`` (see
+            :class:`~m2mkd_fast.nn.expert_mlp.ExpertMLP`); that of the dense blocks if not given.
         divided_depths: number of blocks in each of consecutive stages. Where given, ``state_dict()`` holds every tensor
             under the model's name and also as ``stages.<i>.*``, as the published checkpoints do.
         arguments: those of timm's ``VisionTransformer``. ``act_layer=partial(nn.GELU, approximate="tanh")`` or
@@ -88,6 +90,7 @@ class VMoE(VisionTransformer):
         router_options: Mapping[str, Any] | None = None,
         expert_init: ExpertInit = "trunc_normal",
         expert_drop: float = 0.0,
+        expert_act_layer: Callable[[], nn.Module] | str | None = None,
         divided_depths: Sequence[int] | None = None,
         **arguments: Any,
     ) -> None:
@@ -101,6 +104,7 @@ class VMoE(VisionTransformer):
             top_k=top_k,
             expert_init=expert_init,
             expert_drop=expert_drop,
+            expert_act_layer=expert_act_layer,
             **{**(ROUTERS[router] if isinstance(router, str) else router), **(router_options or {})},
         )
 
@@ -119,6 +123,16 @@ class VMoE(VisionTransformer):
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         super().set_input_size(*args, **kwargs)
         self._register_stages()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VMoE:
+        super()._apply(fn, recurse)
+        # Where values cannot be replaced in place, as by `to_empty` from the meta device, PyTorch makes new parameters.
+        # Modules are shared with the stages, but the tokens and the position embedding are entries of their own there.
+        if recurse and self.divided_depths is not None:
+            for stage in self.stages:
+                for name in stage._parameters.keys() & self._parameters.keys():
+                    stage._parameters[name] = self._parameters[name]
+        return self
 
     def _register_stages(self) -> None:
         """Views of the stages, made anew after any of the model's modules or parameters was replaced."""
@@ -162,9 +176,16 @@ def _depth(depth: int | None, divided_depths: Sequence[int] | None) -> int:
     return sum(divided_depths)
 
 
-def _moe_in_place_of_mlp(*, drop: float, expert_drop: float, **arguments: Any) -> VisionMoE:
-    """A mixture from the arguments of timm's Mlp; dropout in the experts has a rate of its own."""
-    return VisionMoE(drop=expert_drop, **arguments)
+def _moe_in_place_of_mlp(
+    *,
+    drop: float,
+    expert_drop: float,
+    act_layer: Callable[[], nn.Module],
+    expert_act_layer: Callable[[], nn.Module] | str | None,
+    **arguments: Any,
+) -> VisionMoE:
+    """A mixture from the arguments of timm's Mlp; dropout rate and activation of the experts may be their own."""
+    return VisionMoE(drop=expert_drop, act_layer=expert_act_layer or act_layer, **arguments)
 
 
 # Widths, depths and heads of the sizes S, B, L and H, as published for V-MoE; its S is not the ViT-S of later papers.

@@ -20,9 +20,14 @@ class VisionMoE(nn.Module):
     zero. The first arguments are those of timm's ``Mlp``, so ``functools.partial(VisionMoE, num_experts=8)`` serves
     as a ``mlp_layer``. The others are :class:`~m2mkd_fast.nn.router.Router`'s; without any, the router is softmax,
     then top-k, without noise, dropping nothing. ``**ROUTERS["m2mkd"]`` and ``**ROUTERS["vmoe"]`` are the published
-    routers.
+    routers. :func:`~m2mkd_fast.nn.upcycle.upcycle` makes the layer from a trained MLP, and
+    :func:`~m2mkd_fast.nn.router.inference_routing` changes how a trained model routes.
 
-    State names are the published ones: ``gate.gate.{weight,bias}``, ``experts.{htoh4,h4toh}.{weight,bias}``.
+    Under autocast the experts' products run in the autocast dtype and the router in float32; the result has the
+    autocast dtype, like a linear layer's.
+
+    State names are the published ones: ``gate.gate.{weight,bias}``, ``experts.{htoh4,h4toh}.{weight,bias}``; both
+    kinds of FastMoE's names load, see :class:`~m2mkd_fast.nn.expert_mlp.ExpertMLP`.
 
     After each forward pass the layer holds, for :func:`auxiliary_losses` and :func:`expert_load`:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.models.registry import create_model, list_models
 from m2mkd_fast.models.vmoe import VMoE, moe_positions
 from m2mkd_fast.modules.split import split, verify_split
+from m2mkd_fast.nn.expert_mlp import fastmoe_state_dict
 from m2mkd_fast.nn.router import ROUTERS
 from m2mkd_fast.nn.vision_moe import VisionMoE, auxiliary_losses, expert_load
 
@@ -181,6 +183,48 @@ def test_stages_are_views_and_follow_replacements() -> None:
     copied.load_state_dict(model.state_dict())
 
 
+def test_stages_stay_views_when_memory_is_made_for_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = micro(divided_depths=(1, 3), depth=None, reg_tokens=1)
+    stages = list(model.stages)
+    model.to_empty(device="cpu")
+    assert list(model.stages) == stages
+    for name in ("pos_embed", "cls_token", "reg_token"):
+        assert model.stages[0].get_parameter(name) is model.get_parameter(name)
+    assert len(list(model.parameters())) == len(list(micro(reg_tokens=1).parameters())), "each parameter counts once"
+    model.init_weights()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    x = images()
+    torch.testing.assert_close(model.stages[1](model.stages[0](x)), model(x))
+    fresh = micro(divided_depths=(1, 3), depth=None, reg_tokens=1)
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("move", [lambda model: model.double(), lambda model: model.to(torch.bfloat16), copy.deepcopy])
+def test_stages_stay_views_when_the_model_is_moved(move: Callable[[VMoE], VMoE]) -> None:
+    model = move(micro(divided_depths=(2, 2), depth=None))
+    for name, parameter in model.stages[0].named_parameters():
+        assert parameter is model.get_parameter(name)
+
+
+@pytest.mark.parametrize("divided_depths", [None, (1, 3)])
+def test_fastmoe_names_load_and_save(divided_depths: tuple[int, ...] | None) -> None:
+    model_depth = 4 if divided_depths is None else None
+    model = micro(divided_depths=divided_depths, depth=model_depth)
+    state = fastmoe_state_dict(model)
+    assert state["blocks.2.moe.experts.3.htoh4.weight"].shape == (1, 64, 16)
+    assert state["blocks.2.moe.experts.3.h4toh.bias"].shape == (1, 16)
+    assert not any("experts.h" in name for name in state)
+    assert ("stages.1.blocks.1.moe.experts.3.htoh4.weight" in state) == (divided_depths is not None)
+    other = create_model("vmoe_micro.m2mkd", embed_dim=16, depth=4)
+    other.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("stages.")})
+    assert torch.equal(other(images()), model(images()))
+    fresh = create_model("vmoe_micro.m2mkd", embed_dim=16, depth=model_depth, divided_depths=divided_depths)
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(images()), model(images()))
+
+
 @pytest.mark.parametrize("tag", ["m2mkd", "every2"])
 def test_splits_bit_for_bit(tag: str) -> None:
     model = micro(tag).eval()
@@ -218,6 +262,14 @@ def test_compiles_in_one_graph() -> None:
 def test_activation_can_be_a_layer() -> None:
     model = micro(act_layer=partial(nn.GELU, approximate="tanh"))
     assert model.blocks[0].moe.experts.activation == "gelu_tanh"
+
+
+def test_experts_can_have_an_activation_of_their_own() -> None:
+    model = micro("every2", expert_act_layer="swiglu")
+    assert model.blocks[1].moe.experts.activation == "swiglu"
+    assert model.blocks[1].moe.experts.htoh4.weight.shape == (4, 2 * 64, 16)
+    assert type(model.blocks[0].mlp.act).__name__ == "GELUTanh"
+    assert model(images()).shape == (4, 10)
 
 
 def test_router_presets_are_arguments_of_the_layer() -> None:
