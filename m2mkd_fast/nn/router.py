@@ -120,7 +120,7 @@ class Router(nn.Module):
         self.gate = nn.Linear(dim, num_experts, bias=gate_bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Routing:
-        """Route ``[B, N, D]`` images of N tokens, or ``[T, D]`` tokens as one group.
+        """Route ``[B, ..., D]`` images of tokens (``[B, N, D]``, ``[B, H, W, D]``), or ``[T, D]`` tokens as one group.
 
         ``noise [G, S, E]``, standard normal, replaces the draw of training (and works in evaluation too).
         """
@@ -159,12 +159,16 @@ class Router(nn.Module):
             return F.linear(x.to(precision), self.gate.weight.to(precision), bias)
 
     def _groups(self, x: Tensor) -> int:
-        if x.dim() not in (2, 3):
-            raise M2MKDError(f"x has shape {tuple(x.shape)}; a router takes [images, tokens, width] or [tokens, width]")
+        if x.dim() < 2 or x.shape[-1] != self.gate.in_features:
+            width = self.gate.in_features
+            raise M2MKDError(
+                f"x has shape {tuple(x.shape)}; this router takes [images, tokens, {width}] (or several dimensions of "
+                f"tokens), or [tokens, {width}]"
+            )
         if x.dim() == 2 or self.group_size is None or x.shape[0] <= self.group_size:
             return 1
         # Only the slots and the losses see groups; where neither matters one group is the same, and any batch will do.
-        slots_matter = self._factor() is not None and not self._never_full(self.group_size * x.shape[1])
+        slots_matter = self._factor() is not None and not self._never_full(self.group_size * x.shape[1:-1].numel())
         if not slots_matter and not (self.training and any(self.loss_weights.values())):
             return 1
         if x.shape[0] % self.group_size == 0:

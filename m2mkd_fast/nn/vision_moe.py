@@ -84,7 +84,7 @@ class VisionMoE(nn.Module):
         self.rows_per_expert: Tensor | None = None
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """``[B, N, D]`` (or ``[T, D]``) to ``[B, N, O]``; ``noise`` as in :meth:`Router.forward`."""
+        """``[B, ..., D]`` images of tokens, or ``[T, D]``, to ``[B, ..., O]``; ``noise`` as for the router."""
         routing = self.gate(x, noise)
         self.losses = routing.losses
         self.auxiliary_loss = self.gate.auxiliary_loss(routing.losses)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from m2mkd_fast._extension import why_missing
+from m2mkd_fast.backend import use_backend
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.nn.router import ROUTERS, Router, inference_routing
 from m2mkd_fast.ops.philox import philox_normal
@@ -94,10 +96,11 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(why_missing("_C") is not None, reason=str(why_missing("_C")))
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_is_read_back(training: bool) -> None:
     router = build(**ROUTERS["vmoe"], batch_priority=True).train(training)
-    with HostReads() as reads:
+    with HostReads() as reads, use_backend(route="cpu"):  # PyTorch's own operators read back, on the CPU alone
         torch.ones(()).item()
         router(tokens())
     assert reads.count == 1, "the first line's own"
@@ -235,6 +238,15 @@ def test_tokens_without_images_are_one_group() -> None:
     assert router(tokens().view(40, 8)).logits.shape == (1, 40, 4)
 
 
+def test_tokens_may_have_several_dimensions() -> None:
+    x = torch.randn(4, 3, 5, 8)
+    for options in ({"capacity_factor": 0.5, "group_size": 2}, {"gate": "experts_choose", "capacity_factor": 1.0}):
+        router = build(**options)
+        flat, spread = router(x.flatten(1, 2)), router(x)
+        assert torch.equal(flat.logits, spread.logits)
+        assert all(torch.equal(a, b) for a, b in zip(flat.assignment, spread.assignment, strict=True))
+
+
 def test_experts_choose_their_tokens() -> None:
     router = build(gate="experts_choose", capacity_factor=2.0, group_size=4, importance_loss_weight=1.0).train()
     routing = router(tokens(8))
@@ -311,5 +323,7 @@ def test_arguments_that_do_not_go_together(case: str) -> None:
 def test_errors_are_of_the_right_kind() -> None:
     with pytest.raises(UnknownNameError):
         build(gate="top_k")
-    with pytest.raises(M2MKDError, match=r"x has shape \(8,\)"):
-        build()(torch.randn(8))
+    for shape in [(8,), (3, 5, 7)]:
+        with pytest.raises(M2MKDError, match=r"takes \[images, tokens, 8\] .* or \[tokens, 8\]") as error:
+            build()(torch.randn(shape))
+        assert f"x has shape {shape}" in str(error.value)

@@ -342,6 +342,13 @@ def test_a_norm_within_the_experts_is_refused() -> None:
         VisionMoE(8, norm_layer=nn.LayerNorm)
 
 
+def test_takes_feature_maps() -> None:
+    layer = small_layer(out_features=6).eval()
+    x = torch.randn(2, 3, 5, 8)
+    assert layer(x).shape == (2, 3, 5, 6)
+    assert torch.equal(layer(x), layer(x.flatten(1, 2)).view(2, 3, 5, 6))
+
+
 def test_unknown_router_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="capacity_faktor"):
         VisionMoE(8, capacity_faktor=1.0)
