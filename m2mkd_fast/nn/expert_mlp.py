@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from m2mkd_fast.checks import require_finite
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.ops.expert_mlp import GATED, Activation, expert_mlp
 from m2mkd_fast.ops.route import Assignment
@@ -127,7 +128,7 @@ class ExpertMLP(nn.Module):
 
     def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
         """``[T, D]`` tokens and their assignment to ``[T, O]``."""
-        return expert_mlp(
+        out = expert_mlp(
             x,
             assignment,
             self.htoh4.weight,
@@ -137,6 +138,8 @@ class ExpertMLP(nn.Module):
             activation=self.activation,
             dropout=(self.drop1.p, self.drop2.p) if self.training else (0.0, 0.0),
         )
+        require_finite(out, "outputs of experts", "Look at the experts' parameters; float16 overflows beyond 65504")
+        return out
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

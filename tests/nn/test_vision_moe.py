@@ -247,9 +247,15 @@ def test_inference_routing_reaches_the_layers_of_a_model() -> None:
     assert torch.equal(model(x), before)
 
 
-def test_debugging_names_scores_that_are_not_finite() -> None:
+def test_debugging_names_numbers_that_are_not_finite() -> None:
     layer = small_layer(**ROUTERS["m2mkd"])
     x = torch.randn(4, 6, 8)
+    with torch.no_grad(), debug():
+        layer(x)
+        layer.experts.h4toh.weight[:, 5, 2] = float("inf")
+        with pytest.raises(M2MKDError, match=r"24 of 192 outputs of experts .*at index \[0, 5\]. Look at the experts"):
+            layer(x)
+        layer.experts.h4toh.weight[:, 5, 2] = 0.0
     x[2, 3, 0] = float("nan")
     assert layer(x).isfinite().all(dim=-1).sum() == 23, "elsewhere only that token suffers"
     with debug(), pytest.raises(M2MKDError, match=r"4 of 96 routing scores .*at index \[0, 15, 0\]"):
