@@ -106,10 +106,11 @@ class Router(nn.Module):
         self.num_experts, self.top_k = num_experts, top_k
         self.kind, self.noise_std, self.batch_priority, self.group_size = gate, noise_std, batch_priority, group_size
         self.capacity_factor = capacity_factor
-        self.eval_capacity_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
-        # Set by `inference_routing` for a while; None is as in training.
+        # In evaluation; None is as in training. `inference_routing` sets them for a while.
+        self.eval_capacity_factor = eval_capacity_factor
         self.eval_top_k: int | None = None
         self.eval_batch_priority: bool | None = None
+        self.eval_group_size: int | None = None
         self.loss_weights = {
             "importance": importance_loss_weight,
             "load": load_loss_weight,
@@ -136,10 +137,10 @@ class Router(nn.Module):
         assignment = route(
             logits,
             noise,
-            top_k=self._top_k(),
+            top_k=self._in_force("top_k"),
             gate=self.kind,
             capacity=self._capacity(logits.shape[1]),
-            batch_priority=self._batch_priority(),
+            batch_priority=self._in_force("batch_priority"),
             noise_std=0.0 if noise is None and seed is None else noise_std,
             seed=seed,
             losses=wanted,
@@ -165,41 +166,42 @@ class Router(nn.Module):
                 f"x has shape {tuple(x.shape)}; this router takes [images, tokens, {width}] (or several dimensions of "
                 f"tokens), or [tokens, {width}]"
             )
-        if x.dim() == 2 or self.group_size is None or x.shape[0] <= self.group_size:
+        size = self._in_force("group_size")
+        if x.dim() == 2 or size is None or x.shape[0] <= size:
             return 1
         # Only the slots and the losses see groups; where neither matters one group is the same, and any batch will do.
-        slots_matter = self._factor() is not None and not self._never_full(self.group_size * x.shape[1:-1].numel())
+        factor, tokens = self._in_force("capacity_factor"), size * x.shape[1:-1].numel()
+        slots_matter = factor is not None and not self._never_full(tokens)
         if not slots_matter and not (self.training and any(self.loss_weights.values())):
             return 1
-        if x.shape[0] % self.group_size == 0:
-            return x.shape[0] // self.group_size
+        if x.shape[0] % size == 0:
+            return x.shape[0] // size
+        remedy = "build the router with group_size=None"
+        if not self.training:
+            remedy += f", or evaluate inside inference_routing(model, group_size={x.shape[0]})"
         raise M2MKDError(
-            f"a batch of {x.shape[0]} images does not split into groups of {self.group_size}: make the batch a "
-            "multiple of group_size, drop the last partial batch, or build the router with group_size=None"
+            f"a batch of {x.shape[0]} images does not split into groups of {size}: make the batch a multiple of "
+            f"group_size, drop the last partial batch, or {remedy}"
         )
 
-    def _top_k(self) -> int:
-        return self.top_k if self.training or self.eval_top_k is None else self.eval_top_k
-
-    def _batch_priority(self) -> bool:
-        own = self.training or self.eval_batch_priority is None
-        return self.batch_priority if own else self.eval_batch_priority
-
-    def _factor(self) -> float | None:
-        return self.capacity_factor if self.training else self.eval_capacity_factor
+    def _in_force(self, option: str) -> Any:
+        """The value of an option that may differ between training and evaluation."""
+        changed = None if self.training else getattr(self, f"eval_{option}")
+        return getattr(self, option) if changed is None else changed
 
     def _never_full(self, tokens: int) -> bool:
         """Whether an expert has a slot for every token of a group."""
         return self.kind != "experts_choose" and self._slots(tokens) >= tokens
 
     def _slots(self, tokens: int) -> int:
-        if math.isinf(self._factor()):
+        factor = self._in_force("capacity_factor")
+        if math.isinf(factor):
             return tokens
-        top_k = 1 if self.kind == "experts_choose" else self._top_k()
-        return capacity_of(tokens, top_k, self.num_experts, self._factor())
+        top_k = 1 if self.kind == "experts_choose" else self._in_force("top_k")
+        return capacity_of(tokens, top_k, self.num_experts, factor)
 
     def _capacity(self, tokens: int) -> int | None:
-        if self._factor() is None or tokens == 0:
+        if self._in_force("capacity_factor") is None or tokens == 0:
             return None
         if self.kind == "experts_choose":
             return min(self._slots(tokens), tokens)
@@ -217,8 +219,7 @@ class Router(nn.Module):
             raise M2MKDError("gate='experts_choose' needs a capacity_factor: how many tokens an expert takes")
         if self.kind == "experts_choose" and self.batch_priority:
             raise M2MKDError(_NO_MEANING.format("batch_priority"))
-        if self.group_size is not None and self.group_size < 1:
-            raise M2MKDError(f"group_size is {self.group_size}; it must be at least 1, or None for the whole batch")
+        _check_group_size(self.group_size)
         if self.noise_std < 0:
             raise M2MKDError(f"noise_std is {self.noise_std}; it must not be negative")
         if self.loss_weights["load"] and (self.noise_std == 0 or self.kind == "experts_choose"):
@@ -228,7 +229,9 @@ class Router(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        factors = f"{self.capacity_factor}, {self.eval_capacity_factor} in evaluation"
+        factors = f"{self.capacity_factor}"
+        if self.eval_capacity_factor is not None:
+            factors += f" ({self.eval_capacity_factor} in evaluation)"
         return f"gate={self.kind}, top_k={self.top_k}, noise_std={self.noise_std}, capacity_factor={factors}"
 
 
@@ -239,6 +242,7 @@ def inference_routing(
     top_k: int | None = None,
     capacity_factor: float | None = None,
     batch_priority: bool | None = None,
+    group_size: int | None = None,
 ) -> Iterator[None]:
     """Inside a ``with`` block, route with other numbers than the model was trained with; in evaluation mode only.
 
@@ -256,6 +260,7 @@ def inference_routing(
         capacity_factor: slots of each expert as a multiple of an even share of all choices (which ``top_k`` changes
             too); ``math.inf`` drops nothing.
         batch_priority: whether important tokens come first where slots run out.
+        group_size: images that share slots; a batch of no more than that is one group, whatever its size.
 
     Raises:
         M2MKDError: there is no router, or one of them cannot do what is asked for. Nothing has been changed then.
@@ -267,23 +272,29 @@ def inference_routing(
         raise M2MKDError(
             f"inference_routing found no Router in this {type(model).__name__}; give it a model with VisionMoE layers"
         )
-    given = {"eval_top_k": top_k, "eval_capacity_factor": capacity_factor, "eval_batch_priority": batch_priority}
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {
+        "top_k": top_k,
+        "capacity_factor": capacity_factor,
+        "batch_priority": batch_priority,
+        "group_size": group_size,
+    }
+    given = {f"eval_{name}": value for name, value in options.items() if value is not None}
     _check_factor("capacity_factor", capacity_factor)
+    _check_group_size(group_size)
     for name, router in routers.items():
         if top_k is not None:
             _check_top_k(top_k, router.num_experts, f" in {name}" if name else "")
-        for option, value in (("top_k", top_k), ("batch_priority", batch_priority)):
-            if router.kind == "experts_choose" and value:
+        for option in ("top_k", "batch_priority"):
+            if router.kind == "experts_choose" and options[option]:
                 raise M2MKDError(_NO_MEANING.format(option) + (f" ({name})" if name else ""))
-    before = [(router, {option: getattr(router, option) for option in given}) for router in routers.values()]
+    before = [(router, {name: getattr(router, name) for name in given}) for router in routers.values()]
     try:
         for router in routers.values():
             vars(router).update(given)
         yield
     finally:
-        for router, options in before:
-            vars(router).update(options)
+        for router, own in before:
+            vars(router).update(own)
 
 
 _NO_MEANING = "{} has no meaning with gate='experts_choose': leave it out"
@@ -297,3 +308,8 @@ def _check_top_k(top_k: int, experts: int, where: str = "") -> None:
 def _check_factor(name: str, factor: float | None) -> None:
     if factor is not None and not factor > 0:
         raise M2MKDError(f"{name} is {factor}; it must be positive, or math.inf to drop nothing")
+
+
+def _check_group_size(size: int | None) -> None:
+    if size is not None and size < 1:
+        raise M2MKDError(f"group_size is {size}; it must be at least 1 (the number of images for one group)")

@@ -190,6 +190,20 @@ def test_inference_routing_changes_evaluation_only_and_for_a_while() -> None:
     assert shapes() == evaluated
 
 
+def test_inference_routing_takes_batches_that_do_not_split_into_groups() -> None:
+    router = build(capacity_factor=1.0, group_size=4).eval()
+    x = tokens(11)
+    with pytest.raises(M2MKDError, match=r"or evaluate inside inference_routing\(model, group_size=11\)"):
+        router(x)
+    with inference_routing(router, group_size=11):
+        assert router(x).logits.shape[0] == 1
+    with inference_routing(router, group_size=1, capacity_factor=0.5):
+        assert router(x).logits.shape[0] == 11
+        assert router(x).assignment.offsets.diff().max() <= 11 * capacity_of(5, 2, 4, 0.5)
+    with pytest.raises(M2MKDError, match="group_size is 0"), inference_routing(router, group_size=0):
+        pass
+
+
 def test_inference_routing_refuses_what_routers_cannot_do() -> None:
     model = nn.ModuleDict({"a": build(), "b": build(top_k=1, num_experts=3)}).eval()
     with pytest.raises(M2MKDError, match="top_k is 4; with 3 experts in b"), inference_routing(model, top_k=4):
