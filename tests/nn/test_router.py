@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from host_reads import HostReads
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2mkd_fast._extension import why_missing
 from m2mkd_fast.backend import use_backend
@@ -84,16 +84,6 @@ def test_noise_is_drawn_from_a_seed_of_the_generator() -> None:
         torch.testing.assert_close(loss, given.losses[name])
     assert not torch.equal(drawn.assignment.gates, next_one.assignment.gates)
     assert torch.equal(drawn.logits, next_one.logits)
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the values that are read back from the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.skipif(why_missing("_C") is not None, reason=str(why_missing("_C")))

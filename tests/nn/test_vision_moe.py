@@ -13,8 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from host_reads import HostReads
 from torch import Tensor, nn
 
+from m2mkd_fast._extension import why_missing
+from m2mkd_fast.backend import use_backend
 from m2mkd_fast.checks import debug
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.nn.router import ROUTERS, inference_routing
@@ -296,6 +299,18 @@ def test_bfloat16_model_routes_in_float32() -> None:
     x = torch.randn(4, 6, 8, dtype=torch.bfloat16)
     assert layer(x).dtype == torch.bfloat16
     assert layer.gate(x).logits.dtype == torch.float32
+
+
+@pytest.mark.skipif(why_missing("_C") is not None, reason=str(why_missing("_C")))
+@pytest.mark.parametrize("router", ["m2mkd", "vmoe"])
+def test_a_training_step_reads_nothing_back(router: str) -> None:
+    layer = small_layer(**ROUTERS[router], drop=0.25).train()
+    x = torch.randn(8, 6, 8, requires_grad=True)
+    with HostReads() as reads, use_backend("cpu"):
+        torch.ones(()).item()
+        y = layer(x)
+        (y.square().sum() + auxiliary_losses(layer)).backward()
+    assert reads.count == 1, "the first line's own"
 
 
 COMPILED = {
