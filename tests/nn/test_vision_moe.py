@@ -319,8 +319,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("router", COMPILED)
+@pytest.mark.parametrize(("router", "training"), [("m2mkd", True), ("vmoe", True), ("vmoe", False)])
 def test_compiles_without_graph_breaks(router: str, training: bool) -> None:
     torch._dynamo.reset()
     layer = small_layer(**COMPILED[router]).train(training)
