@@ -44,6 +44,7 @@ _HOME = {
     "reorder_latents": "models.nac",
     "route": "ops.route",
     "save_module": "modules",
+    "shard_experts": "nn.expert_parallel",
     "split": "modules",
     "student_modules": "modules",
     "teach_meta": "pipeline.teaching",
