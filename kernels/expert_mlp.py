@@ -77,6 +77,8 @@ class Tile(NamedTuple):
     """Numbers of the inner dimension at a time."""
     group: int
     """Row tiles whose programs follow each other."""
+    slices: int
+    """Of columns, in which what follows a product is done one after the other: fewer registers. 1, 2 or 4."""
     warps: int
     stages: int
     programs: int
@@ -161,16 +163,17 @@ def forward(
     hidden_dropout: float,
     output_dropout: float,
     seed: Tensor | None,
+    keep_preactivation: bool,
     *,
     tiles: Mapping[str, Tile] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs ``[T, O]`` and preactivations ``[N, H]``, or ``[N, 2H]`` with values first; both in the dtype of ``x``.
 
-    ``tiles`` is for measuring others than those of the table.
+    Preactivations that are not to be kept for a backward are empty. ``tiles`` is for measuring others than those of the table.
     """
     call = _Call(x, token, weight, offsets, place, up_weight, down_weight, activation, seed, tiles)
     rows = call.rows
-    preactivation = x.new_empty((rows, up_weight.shape[1]))
+    preactivation = x.new_empty((rows, up_weight.shape[1]) if keep_preactivation else 0)
     hidden, outputs = x.new_empty((rows, call.hidden)), x.new_empty((rows, call.outputs))
     with torch.cuda.device_of(x):
         kernel = "up_gated" if call.gated else "up"
@@ -193,8 +196,8 @@ def forward(
             GATED=call.gated,
             HAS_BIAS=up_bias is not None,
             DROPOUT=hidden_dropout > 0,
-            **call.experts,
-            **_sizes(call.tiles[kernel]),
+            KEPT=keep_preactivation,
+            **call.sizes(kernel),
         )
         _launch(
             product_kernel,
@@ -212,8 +215,7 @@ def forward(
             TURNED=False,
             HAS_BIAS=down_bias is not None,
             DROPOUT=output_dropout > 0,
-            **call.experts,
-            **_sizes(call.tiles["down"]),
+            **call.sizes("down"),
         )
         return call.combine(outputs, weighted=True), preactivation
 
@@ -282,8 +284,7 @@ def backward(
             GATHERED=gathered,
             SUM_BIAS=need_up_bias,
             DROPOUT=hidden_dropout > 0,
-            **call.experts,
-            **_sizes(tile),
+            **call.sizes(kernel),
         )
         _launch(
             row_weight_kernel,
@@ -324,8 +325,7 @@ def backward(
                 TURNED=True,
                 HAS_BIAS=False,
                 DROPOUT=False,
-                **call.experts,
-                **_sizes(call.tiles["grad_rows"]),
+                **call.sizes("grad_rows"),
             )
             grad_x = call.combine(grad_inputs, weighted=False)
     return grad_x, grad_weight, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias
@@ -367,6 +367,11 @@ class _Call:
         tile = self.tiles[kernel]
         count = self.row_tiles(tile.rows) * triton.cdiv(columns, tile.columns)
         return (min(count, _multiprocessors(self.x) * tile.programs),)
+
+    def sizes(self, kernel: str) -> dict[str, int]:
+        """The compile-time sizes of such a kernel, and what the compiler is told beside them."""
+        tile = self.tiles[kernel]
+        return {**self.experts, **_sizes(tile), "SLICES": tile.slices}
 
     def combine(self, rows: Tensor, weighted: bool) -> Tensor:
         """The sum of each token's rows ``[T, width]``."""

@@ -97,6 +97,44 @@ def kept(seed, row, start, first, threshold, WIDTH: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
+def halves(values):
+    """The left and the right half of a matrix's columns."""
+    ROWS: tl.constexpr = values.shape[0]
+    COLUMNS: tl.constexpr = values.shape[1]
+    return tl.split(tl.permute(tl.reshape(values, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def slices(values, SLICES: tl.constexpr):
+    """The columns of a matrix in one, two or four slices: what is done with a product one after the other needs fewer
+    registers than what is done with all of it at once."""
+    if SLICES == 1:
+        return (values,)
+    else:
+        left, right = halves(values)
+        if SLICES == 2:
+            return left, right
+        else:
+            first, second = halves(left)
+            third, fourth = halves(right)
+            return first, second, third, fourth
+
+
+@triton.jit
+def inside(line, height, column, columns, MASK_COLUMNS: tl.constexpr):
+    """Mask of the part of a tile that there is."""
+    if MASK_COLUMNS:
+        return (line < height)[:, None] & (column < columns)[None, :]
+    else:
+        return (line < height)[:, None] & (column >= 0)[None, :]
+
+
+@triton.jit
+def add_bias(values, bias, column, columns):
+    return values + tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
     """The activation, or that of the gates, and its derivative."""
     if ACTIVATION == "gelu" or ACTIVATION == "geglu":
@@ -171,7 +209,7 @@ def up_kernel(
     offsets,  # [EXPERTS + 1]
     weight,  # [EXPERTS, HIDDEN or 2 HIDDEN, WIDTH]
     bias,  # [EXPERTS, HIDDEN or 2 HIDDEN]
-    preactivation,  # [rows, HIDDEN or 2 HIDDEN]
+    preactivation,  # [rows, HIDDEN or 2 HIDDEN], where it is KEPT
     hidden,  # [rows, HIDDEN]
     seed,
     x_row,
@@ -185,10 +223,12 @@ def up_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
+    KEPT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     x_row = tl.cast(x_row, tl.int64)
     TOTAL: tl.constexpr = 2 * HIDDEN if GATED else HIDDEN
@@ -199,33 +239,44 @@ def up_kernel(
     for number in range(bound(tl.program_id(0)), bound(row_tiles * COLUMN_TILES), bound(tl.num_programs(0))):
         tile, column_tile = in_groups(number, row_tiles, COLUMN_TILES, GROUP)
         expert, first, height = find_tile(offsets, ends, tile, ROWS)
-        start, line, column = column_tile * COLUMNS, tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        start, line = column_tile * COLUMNS, tl.arange(0, ROWS)
         # Beyond the last row the last row once more: no mask in the loop, and it is not stored.
         rows = x + tl.load(token + first + tl.minimum(line, height - 1)) * x_row
         matrix = weight + (expert * TOTAL + start) * WIDTH
         columns = HIDDEN - start
-        stored = (line < height)[:, None] & (column < columns)[None, :]
-        to = preactivation + first * TOTAL + start + line[:, None] * TOTAL + column[None, :]
         if GATED:
-            z, gate = multiply_twice(rows, matrix, matrix + HIDDEN * WIDTH, columns, WIDTH, WIDTH, MASK, COLUMNS, STEP)
-            if HAS_BIAS:
-                at = bias + expert * TOTAL + start + column
-                z += tl.load(at, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-                gate += tl.load(at + HIDDEN, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-            tl.store(to, z, mask=stored)
-            tl.store(to + HIDDEN, gate, mask=stored)
-            a, _ = activate(gate, ACTIVATION)
-            a *= z
+            product, gates = multiply_twice(
+                rows, matrix, matrix + HIDDEN * WIDTH, columns, WIDTH, WIDTH, MASK, COLUMNS, STEP
+            )
+            gates = slices(gates, SLICES)
         else:
-            z = multiply(rows, matrix, columns, WIDTH, 1, WIDTH, MASK, COLUMNS, STEP)
+            product = multiply(rows, matrix, columns, WIDTH, 1, WIDTH, MASK, COLUMNS, STEP)
+        values = slices(product, SLICES)
+        column = tl.arange(0, COLUMNS // SLICES)
+        for number_of_slice in tl.static_range(SLICES):
+            stored = inside(line, height, column, columns, MASK)
+            to = preactivation + first * TOTAL + start + line[:, None] * TOTAL + column[None, :]
+            z = values[number_of_slice]
             if HAS_BIAS:
-                at = bias + expert * TOTAL + start + column
-                z += tl.load(at, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-            tl.store(to, z, mask=stored)
-            a, _ = activate(z, ACTIVATION)
-        if DROPOUT:
-            a = tl.where(kept(seed, first + line, 0, start, threshold, HIDDEN, COLUMNS), a * scale, 0.0)
-        tl.store(hidden + first * HIDDEN + start + line[:, None] * HIDDEN + column[None, :], a, mask=stored)
+                z = add_bias(z, bias + expert * TOTAL + start, column, columns)
+            if KEPT:
+                tl.store(to, z, mask=stored)
+            if GATED:
+                gate = gates[number_of_slice]
+                if HAS_BIAS:
+                    gate = add_bias(gate, bias + expert * TOTAL + HIDDEN + start, column, columns)
+                if KEPT:
+                    tl.store(to + HIDDEN, gate, mask=stored)
+                a, _ = activate(gate, ACTIVATION)
+                a *= z
+            else:
+                a, _ = activate(z, ACTIVATION)
+            if DROPOUT:
+                keep = kept(seed, first + line, 0, start, threshold, HIDDEN, COLUMNS // SLICES)
+                a = tl.where(keep, a * scale, 0.0)
+            tl.store(hidden + first * HIDDEN + start + line[:, None] * HIDDEN + column[None, :], a, mask=stored)
+            start += COLUMNS // SLICES
+            columns -= COLUMNS // SLICES
 
 
 @triton.jit
@@ -250,6 +301,7 @@ def product_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     COLUMN_TILES: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     INNER_STRIDE: tl.constexpr = WIDTH if TURNED else 1
@@ -260,18 +312,24 @@ def product_kernel(
     for number in range(bound(tl.program_id(0)), bound(row_tiles * COLUMN_TILES), bound(tl.num_programs(0))):
         tile, column_tile = in_groups(number, row_tiles, COLUMN_TILES, GROUP)
         expert, first, height = find_tile(offsets, ends, tile, ROWS)
-        start, line, column = column_tile * COLUMNS, tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        start, line = column_tile * COLUMNS, tl.arange(0, ROWS)
         rows = inputs + first * INNER + tl.minimum(line, height - 1) * INNER
         matrix = weight + expert * INNER * WIDTH + start * COLUMN_STRIDE
         columns = WIDTH - start
-        y = multiply(rows, matrix, columns, INNER, INNER_STRIDE, COLUMN_STRIDE, MASK, COLUMNS, STEP)
-        if HAS_BIAS:
-            at = bias + expert * WIDTH + start + column
-            y += tl.load(at, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-        if DROPOUT:
-            y = tl.where(kept(seed, first + line, counter, start, threshold, WIDTH, COLUMNS), y * scale, 0.0)
-        stored = (line < height)[:, None] & (column < columns)[None, :]
-        tl.store(outputs + first * WIDTH + start + line[:, None] * WIDTH + column[None, :], y, mask=stored)
+        product = multiply(rows, matrix, columns, INNER, INNER_STRIDE, COLUMN_STRIDE, MASK, COLUMNS, STEP)
+        values = slices(product, SLICES)
+        column = tl.arange(0, COLUMNS // SLICES)
+        for number_of_slice in tl.static_range(SLICES):
+            y = values[number_of_slice]
+            if HAS_BIAS:
+                y = add_bias(y, bias + expert * WIDTH + start, column, columns)
+            if DROPOUT:
+                keep = kept(seed, first + line, counter, start, threshold, WIDTH, COLUMNS // SLICES)
+                y = tl.where(keep, y * scale, 0.0)
+            to = outputs + first * WIDTH + start + line[:, None] * WIDTH + column[None, :]
+            tl.store(to, y, mask=inside(line, height, column, columns, MASK))
+            start += COLUMNS // SLICES
+            columns -= COLUMNS // SLICES
 
 
 @triton.jit
@@ -304,6 +362,7 @@ def grad_hidden_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     grad_out_row, row_count = tl.cast(grad_out_row, tl.int64), tl.cast(row_count, tl.int64)
     TOTAL: tl.constexpr = 2 * HIDDEN if GATED else HIDDEN
@@ -314,42 +373,50 @@ def grad_hidden_kernel(
     for number in range(bound(tl.program_id(0)), bound(row_tiles * COLUMN_TILES), bound(tl.num_programs(0))):
         tile, column_tile = in_groups(number, row_tiles, COLUMN_TILES, GROUP)
         expert, first, height = find_tile(offsets, ends, tile, ROWS)
-        start, line, column = column_tile * COLUMNS, tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        start, line = column_tile * COLUMNS, tl.arange(0, ROWS)
         row = first + tl.minimum(line, height - 1)
         rows = grad_out + row * OUTPUTS
         if GATHERED:
             rows = grad_out + tl.load(token + row) * grad_out_row
         columns = HIDDEN - start
         matrix = weight + expert * OUTPUTS * HIDDEN + start
-        grad = multiply(rows, matrix, columns, OUTPUTS, HIDDEN, 1, MASK, COLUMNS, STEP)
-        stored = (line < height)[:, None] & (column < columns)[None, :]
-        at = first * TOTAL + start + line[:, None] * TOTAL + column[None, :]
-        z = tl.load(preactivation + at, mask=stored, other=0.0).to(tl.float32)
-        if DROPOUT:
-            keep = kept(seed, first + line, 0, start, threshold, HIDDEN, COLUMNS)
-            grad = tl.where(keep, grad * scale, 0.0)
+        product = multiply(rows, matrix, columns, OUTPUTS, HIDDEN, 1, MASK, COLUMNS, STEP)
         share = tl.load(row_weight + first + line, mask=line < height, other=0.0).to(tl.float32)[:, None]
-        sums = grad_bias + tile.to(tl.int64) * TOTAL + start + column
-        if GATED:
-            gate = tl.load(preactivation + at + HIDDEN, mask=stored, other=0.0).to(tl.float32)
-            phi, slope = activate(gate, ACTIVATION)
-            a = z * phi
-            grad_gate = share * grad * z * slope
-            tl.store(grad_preactivation + at + HIDDEN, grad_gate, mask=stored)
+        along = tl.zeros([ROWS], dtype=tl.float32)
+        grads = slices(product, SLICES)
+        column = tl.arange(0, COLUMNS // SLICES)
+        for number_of_slice in tl.static_range(SLICES):
+            grad = grads[number_of_slice]
+            stored = inside(line, height, column, columns, MASK)
+            at = first * TOTAL + start + line[:, None] * TOTAL + column[None, :]
+            sums = grad_bias + tile.to(tl.int64) * TOTAL + start + column
+            z = tl.load(preactivation + at, mask=stored, other=0.0).to(tl.float32)
+            if DROPOUT:
+                keep = kept(seed, first + line, 0, start, threshold, HIDDEN, COLUMNS // SLICES)
+                grad = tl.where(keep, grad * scale, 0.0)
+            if GATED:
+                gate = tl.load(preactivation + at + HIDDEN, mask=stored, other=0.0).to(tl.float32)
+                phi, slope = activate(gate, ACTIVATION)
+                a = z * phi
+                grad_gate = share * grad * z * slope
+                tl.store(grad_preactivation + at + HIDDEN, grad_gate, mask=stored)
+                if SUM_BIAS:
+                    tl.store(sums + HIDDEN, tl.sum(tl.where(stored, grad_gate, 0.0), 0), mask=column < columns)
+                grad_z = share * grad * phi
+            else:
+                a, slope = activate(z, ACTIVATION)
+                grad_z = share * grad * slope
+            tl.store(grad_preactivation + at, grad_z, mask=stored)
             if SUM_BIAS:
-                tl.store(sums + HIDDEN, tl.sum(tl.where(stored, grad_gate, 0.0), 0), mask=column < columns)
-            grad_z = share * grad * phi
-        else:
-            a, slope = activate(z, ACTIVATION)
-            grad_z = share * grad * slope
-        tl.store(grad_preactivation + at, grad_z, mask=stored)
-        if SUM_BIAS:
-            tl.store(sums, tl.sum(tl.where(stored, grad_z, 0.0), 0), mask=column < columns)
-        along = tl.sum(tl.where(stored, grad * a, 0.0), 1)
+                tl.store(sums, tl.sum(tl.where(stored, grad_z, 0.0), 0), mask=column < columns)
+            along += tl.sum(tl.where(stored, grad * a, 0.0), 1)
+            if DROPOUT:
+                a = tl.where(keep, a * scale, 0.0)
+            to = hidden + first * HIDDEN + start + line[:, None] * HIDDEN + column[None, :]
+            tl.store(to, share * a, mask=stored)
+            start += COLUMNS // SLICES
+            columns -= COLUMNS // SLICES
         tl.store(grad_row_weight + column_tile * row_count + first + line, along, mask=line < height)
-        if DROPOUT:
-            a = tl.where(keep, a * scale, 0.0)
-        tl.store(hidden + first * HIDDEN + start + line[:, None] * HIDDEN + column[None, :], share * a, mask=stored)
 
 
 @triton.jit
