@@ -85,7 +85,17 @@ class Tile(NamedTuple):
     """On a multiprocessor at a time; the grid of persistent kernels is as large."""
 
 
-KERNELS = ("up", "up_gated", "down", "grad_hidden", "grad_hidden_gated", "grad_rows", "grad_matrix")
+KERNELS = (
+    "up",
+    "up_gated",
+    "down",
+    "grad_hidden",
+    "grad_hidden_dropout",
+    "grad_hidden_gated",
+    "grad_rows",
+    "grad_matrix",
+)
+"""Names of the table; the kernel of the hidden units' gradients needs registers for its masks, and for the gates."""
 
 
 @cache
@@ -169,7 +179,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Outputs ``[T, O]`` and preactivations ``[N, H]``, or ``[N, 2H]`` with values first; both in the dtype of ``x``.
 
-    Preactivations that are not to be kept for a backward are empty. ``tiles`` is for measuring others than those of the table.
+    Preactivations that are not to be kept for a backward are empty. ``tiles`` is for measuring other tiles than those
+    of the table.
     """
     call = _Call(x, token, weight, offsets, place, up_weight, down_weight, activation, seed, tiles)
     rows = call.rows
@@ -255,7 +266,7 @@ def backward(
     hidden, grad_preactivation = x.new_empty((rows, call.hidden)), x.new_empty((rows, total))
     with torch.cuda.device_of(x):
         grad_rows, along, grad_down_bias = call.gradient_rows(grad_out, down_bias, output_dropout, need_down_bias)
-        kernel = "grad_hidden_gated" if call.gated else "grad_hidden"
+        kernel = "grad_hidden_gated" if call.gated else "grad_hidden_dropout" if hidden_dropout else "grad_hidden"
         tile = call.tiles[kernel]
         column_tiles = triton.cdiv(call.hidden, tile.columns)
         weight_parts = x.new_empty((column_tiles, rows), dtype=torch.float32)

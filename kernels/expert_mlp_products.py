@@ -106,18 +106,16 @@ def halves(values):
 
 @triton.jit
 def slices(values, SLICES: tl.constexpr):
-    """The columns of a matrix in one, two or four slices: what is done with a product one after the other needs fewer
-    registers than what is done with all of it at once."""
-    if SLICES == 1:
-        return (values,)
-    else:
-        left, right = halves(values)
-        if SLICES == 2:
-            return left, right
-        else:
-            first, second = halves(left)
-            third, fourth = halves(right)
-            return first, second, third, fourth
+    """The columns of a matrix in one, two or four slices.
+
+    What is done with a product slice by slice needs fewer registers than what is done with all of it at once.
+    """
+    parts = (values,)
+    if SLICES > 1:
+        parts = halves(values)
+    if SLICES > 2:
+        parts = halves(parts[0]) + halves(parts[1])
+    return parts
 
 
 @triton.jit
