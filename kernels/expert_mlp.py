@@ -464,12 +464,10 @@ class _Call:
         """
         experts, tile = self.experts["EXPERTS"], self.tiles["grad_matrix"]
         height, width = left.shape[1], right.shape[1]
-        piece = self.piece_of(tile)
-        # More than half of two shares of the rows are in every piece of an expert that has several.
-        slots = 2 * self.rows // piece if self.rows > piece else 0
+        piece, slots, pieces = self.pieces(tile)
         grad = self.x.new_empty((experts, height, width))
         parts = self.x.new_empty((slots, height, width), dtype=torch.float32)
-        count = (self.rows // piece + experts) * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns)
+        count = pieces * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns)
         _launch(
             grad_matrix_kernel,
             (count,),
@@ -504,10 +502,15 @@ class _Call:
             )
         return grad
 
-    def piece_of(self, tile: Tile) -> int:
-        """Most rows of an expert that one program sums up."""
+    def pieces(self, tile: Tile) -> tuple[int, int, int]:
+        """Most rows of an expert that one program sums up, and upper bounds of how many pieces that makes.
+
+        First of those of experts that have several: they have more than half as many rows each, on average. Then of all.
+        """
         share = triton.cdiv(2 * self.rows, max(self.experts["EXPERTS"], _FEWEST_SHARES))
-        return triton.cdiv(max(share, _SHORTEST_PIECE), tile.step) * tile.step
+        piece = triton.cdiv(max(share, _SHORTEST_PIECE), tile.step) * tile.step
+        slots = 2 * self.rows // piece if self.rows > piece else 0
+        return piece, slots, self.rows // piece + self.experts["EXPERTS"]
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **sizes: Any) -> None:
