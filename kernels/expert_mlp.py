@@ -505,7 +505,7 @@ class _Call:
     def pieces(self, tile: Tile) -> tuple[int, int, int]:
         """Most rows of an expert that one program sums up, and upper bounds of how many pieces that makes.
 
-        First of those of experts that have several: they have more than half as many rows each, on average. Then of all.
+        First of the pieces of experts that have several, which are more than half full on average; then of all.
         """
         share = triton.cdiv(2 * self.rows, max(self.experts["EXPERTS"], _FEWEST_SHARES))
         piece = triton.cdiv(max(share, _SHORTEST_PIECE), tile.step) * tile.step

@@ -1,7 +1,7 @@
 """Kernels in Triton's interpreter: a process of their own for it, and what it needs to compute as a GPU does.
 
-Triton reads TRITON_INTERPRET when a kernel is defined. So a test file runs once more in another process, where its tests
-get the device "cpu"; in any other they need a GPU.
+Triton reads TRITON_INTERPRET when a kernel is defined. So a test file runs once more in another process, where its
+tests get the device "cpu"; in any other they need a GPU.
 """
 
 from __future__ import annotations
