@@ -36,11 +36,10 @@ def run_in_the_interpreter(file: str, at_least: int) -> None:
 
 @contextmanager
 def as_a_gpu_does() -> Iterator[None]:
-    """bfloat16 as a GPU does it, loops that end at a number known at run time, and calls without a search.
+    """bfloat16 as a GPU does it, and calls without a search.
 
     - The interpreter keeps bfloat16 as the integers of their bits. It multiplies those integers, and cuts off what does
       not fit into a bfloat16 instead of rounding it.
-    - Its numbers are arrays of one element, which numpy 2.4 does not take for an index any more.
     - For every call of a function it looks through all of `triton.language` for what to replace, again and again; for a
       kernel's own functions that is done when the kernel starts, for those of Triton it stays done.
     """
@@ -52,7 +51,7 @@ def as_a_gpu_does() -> Iterator[None]:
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
     cast, multiply = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-    patch_tensor, patched = interpreter._patch_lang_tensor, set()
+    searched = set()
 
     def rounding_cast(self: InterpreterBuilder, source: TensorHandle, to: tl.dtype) -> TensorHandle:
         if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
@@ -68,20 +67,15 @@ def as_a_gpu_does() -> Iterator[None]:
     def real_product(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *others: Any) -> TensorHandle:
         return multiply(self, widened(a), widened(b), *others)
 
-    def patch_tensor_and_index(tensor: type, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
     def call(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
         module = self.fn.__module__
-        if module.startswith("triton.") and module not in patched:
+        if module.startswith("triton.") and module not in searched:
             interpreter._patch_lang(self.fn)
-            patched.add(module)
+            searched.add(module)
         return self.rewrite()(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
         patch.setattr(InterpreterBuilder, "create_dot", real_product)
-        patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_and_index)
         patch.setattr(InterpretedFunction, "__call__", call)
         yield
