@@ -60,8 +60,8 @@ _COMBINE_TOKENS, _COMBINE_WIDTH = 16, 256
 _WEIGHT_ROWS = 256
 _SUM_TILES, _SUM_COLUMNS = 16, 64
 _SUM_BLOCK = 1024
-# The rows of one expert are cut into pieces where it has more than two times its share of them, with so many experts at
-# least; and not below so many rows.
+# Where an expert has more than two shares of the rows, the sum over them is cut into pieces of two shares, or of so many
+# rows if that is more; there are as many shares as experts, or as many as this.
 _FEWEST_SHARES = 8
 _SHORTEST_PIECE = 1024
 
@@ -310,8 +310,7 @@ def backward(
             HAS_BIAS=down_bias is not None,
             ROWS=_WEIGHT_ROWS,
         )
-        none = x.new_empty(0)
-        grad_x = grad_up_weight = grad_up_bias = grad_down_weight = none
+        grad_x, grad_up_weight, grad_up_bias, grad_down_weight = (x.new_empty(0) for _ in range(4))
         if need_parameters:
             grad_down_weight = call.grad_matrix(grad_out if gathered else grad_rows, hidden, gathered, True)
             del hidden

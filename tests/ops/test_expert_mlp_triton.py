@@ -339,8 +339,9 @@ def test_private_ops_are_sound(activation, device):
     _, preactivation = ops._expert_mlp_triton_forward(*forward, *options, True)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops._expert_mlp_triton_forward.default, (*forward, *options, True), test_utils=tests)
-    backward = (inputs.grad, preactivation, *forward, *options, True, True)
-    torch.library.opcheck(ops._expert_mlp_triton_backward.default, backward, test_utils=tests)
+    for needed in ((True, True), (False, False)):
+        backward = (inputs.grad, preactivation, *forward, *options, *needed)
+        torch.library.opcheck(ops._expert_mlp_triton_backward.default, backward, test_utils=tests)
 
 
 @pytest.mark.gpu
