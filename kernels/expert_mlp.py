@@ -60,8 +60,8 @@ _COMBINE_TOKENS, _COMBINE_WIDTH = 16, 256
 _WEIGHT_ROWS = 256
 _SUM_TILES, _SUM_COLUMNS = 16, 64
 _SUM_BLOCK = 1024
-# Where an expert has more than two shares of the rows, the sum over them is cut into pieces of two shares, or of so many
-# rows if that is more; there are as many shares as experts, or as many as this.
+# Where an expert has more than two shares of the rows, the sum over them is cut into pieces of two shares, or of the
+# shortest piece if that is more. There are as many shares as experts, but not fewer than these.
 _FEWEST_SHARES = 8
 _SHORTEST_PIECE = 1024
 
