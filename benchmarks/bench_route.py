@@ -1,29 +1,36 @@
-"""Route: compiled kernel against the plain PyTorch reference, at the sizes of V-MoE-B/16 with 128 images."""
+"""Route: compiled kernel against the plain PyTorch reference, at the sizes of V-MoE-B/16 with 128 images.
+
+In the training case the reference gets its noise from ``torch.randn``, which is the fastest way in plain PyTorch.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from _paired import Ratio, paired_ratio, write_json
 
 from m2mkd_fast.backend import use_backend
-from m2mkd_fast.ops.route import capacity_of, route
+from m2mkd_fast.ops.route import Assignment, capacity_of, route
 
 TOKENS, EXPERTS, GROUPS = 128 * 197, 8, 16
-CASES = {
+CAPACITY = capacity_of(TOKENS // GROUPS, 2, EXPERTS, 1.05)
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dropless, one group": (1, {"top_k": 2}),
     "top_k_softmax, one group": (1, {"top_k": 2, "gate": "top_k_softmax"}),
-    "capacity 1.05, 16 groups": (GROUPS, {"top_k": 2, "capacity": capacity_of(TOKENS // GROUPS, 2, EXPERTS, 1.05)}),
-    "batch priority 1.05, 16 groups": (
-        GROUPS,
-        {"top_k": 2, "capacity": capacity_of(TOKENS // GROUPS, 2, EXPERTS, 1.05), "batch_priority": True},
-    ),
+    "sigmoid, one group": (1, {"top_k": 2, "gate": "sigmoid"}),
+    "capacity 1.05, 16 groups": (GROUPS, {"top_k": 2, "capacity": CAPACITY}),
+    "batch priority 1.05, 16 groups": (GROUPS, {"top_k": 2, "capacity": CAPACITY, "batch_priority": True}),
     "experts_choose 1.05, 16 groups": (
         GROUPS,
         {"top_k": 1, "gate": "experts_choose", "capacity": capacity_of(TOKENS // GROUPS, 1, EXPERTS, 1.05)},
+    ),
+    "training: noise, importance and load, 16 groups": (
+        GROUPS,
+        {"top_k": 2, "capacity": CAPACITY, "noise_std": 1.0 / EXPERTS, "losses": ("importance", "load")},
     ),
 }
 
@@ -32,19 +39,27 @@ def measure(case: str, device: str, backward: bool, pairs: int) -> Ratio:
     groups, arguments = CASES[case]
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(groups, TOKENS // groups, EXPERTS, generator=generator).to(device).requires_grad_(backward)
+    noise_std, seed = arguments.get("noise_std", 0.0), torch.tensor(1, device=device)
+
+    def assign(backend: str) -> Assignment:
+        with use_backend(route=backend):
+            if noise_std == 0:
+                return route(logits, **arguments)
+            if backend == "reference":
+                return route(logits, torch.randn_like(logits) * noise_std, **arguments)
+            return route(logits, seed=seed, **arguments)
 
     def with_backend(backend: str) -> Callable[[], object]:
         def call() -> object:
-            with use_backend(route=backend):
-                assignment = route(logits, **arguments)
-            if backward:
-                return torch.autograd.grad((assignment.weight, assignment.gates), logits, gradients)
-            return assignment
+            assignment = assign(backend)
+            return torch.autograd.grad(outputs(assignment), logits, gradients) if backward else assignment
 
         return call
 
-    assignment = route(logits, **arguments)
-    gradients = (torch.randn_like(assignment.weight), torch.randn_like(assignment.gates))
+    def outputs(assignment: Assignment) -> list[torch.Tensor]:
+        return [assignment.weight, assignment.losses if "losses" in arguments else assignment.gates]
+
+    gradients = [torch.randn_like(tensor) for tensor in outputs(assign(device))]
     return paired_ratio(
         f"route, {device}, {case}, {'forward and backward' if backward else 'forward'}",
         with_backend("reference"),

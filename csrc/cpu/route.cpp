@@ -380,9 +380,11 @@ class Chooser {
     if (!sigmoid || p.losses & kZ) {
       LargestAndSum<scalar_t> of_logits;
       softmax_columns(logits, p.experts, work, of_logits);
-      Numbers value;
-      log_sum_exp(of_logits, value);
-      z_sum_ += valid ? value * value : Numbers{};
+      if (p.losses & kZ) {
+        Numbers value;
+        log_sum_exp(of_logits, value);
+        z_sum_ += valid ? value * value : Numbers{};
+      }
     }
     if (p.losses & kImportance) {
       if (sigmoid) {
@@ -622,7 +624,7 @@ void tokens_choose(
       FallingOrder<scalar_t> falling_order;
       for (int64_t g = group_begin; g < group_end; ++g) {
         const int64_t first = g * p.tokens;
-        const auto& order = falling_order(p.tokens, [&](int64_t s) {
+        const auto& order = falling_order(p.tokens, p.tokens, [&](int64_t s) {
           return gates[(first + s) * p.experts + choice[(first + s) * p.top_k]];
         });
         place_tokens(g, wanted.data() + g * chunks * per_chunk, 0, p.tokens, [&](int64_t position) {
@@ -652,7 +654,7 @@ void experts_choose(const RouteProblem& p, const scalar_t* gates, const RouteOut
       std::fill(place + first_token * p.experts, place + (first_token + p.tokens) * p.experts, -1);
       for (int64_t e = 0; e < p.experts; ++e) {
         const scalar_t* gate = gates + first_token * p.experts + e;
-        const auto& best = falling_order(p.tokens, [&](int64_t s) { return gate[s * p.experts]; });
+        const auto& best = falling_order(p.tokens, p.capacity, [&](int64_t s) { return gate[s * p.experts]; });
         const int64_t first_row = (e * p.groups + g) * p.capacity;
         for (int64_t slot = 0; slot < p.capacity; ++slot) {
           const int64_t token = first_token + best[slot], row = first_row + slot;

@@ -157,7 +157,7 @@ def route(
         )
     wanted = sum(1 << number for number, name in enumerate(LOSSES) if name in losses)
     arguments = (logits, noise, seed, noise_std, top_k, gate, capacity, batch_priority, wanted)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (logits.requires_grad or (noise is not None and noise.requires_grad)):
         return Assignment(*_Route.apply(*arguments))
     return Assignment(*torch.ops.m2mkd_fast._route_forward(*arguments)[: len(Assignment._fields)])
 
@@ -287,7 +287,8 @@ def _gates_and_choice_weights(scores: Tensor, choice: Tensor, gate: Gate) -> tup
 
 
 def _dense_gates(scores: Tensor, gate: Gate) -> Tensor:
-    return scores.sigmoid() if gate == "sigmoid" else scores.softmax(dim=-1)
+    # A sigmoid of strided numbers is rounded differently.
+    return scores.contiguous().sigmoid() if gate == "sigmoid" else scores.softmax(dim=-1)
 
 
 def _losses(

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu import load_cuda_on_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from m2mkd_fast._extension import why_missing
 from m2mkd_fast.backend import BackendFallbackWarning, use_backend
+from m2mkd_fast.checks import debug
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.ops import route as route_module
-from m2mkd_fast.ops.route import Assignment, capacity_of, route, route_backward_reference, route_reference
+from m2mkd_fast.ops.philox import philox_normal
+from m2mkd_fast.ops.route import (
+    LOSSES,
+    Assignment,
+    capacity_of,
+    route,
+    route_backward_reference,
+    route_reference,
+)
+from m2mkd_fast.ops.routing_losses import gshard_loss, importance_loss, load_loss, router_z_loss
 
 FUZZ_EXAMPLES = int(os.environ.get("M2MKD_FUZZ_EXAMPLES", "150"))
-ROOT = Path(__file__).parents[2]
-GATES = ("softmax_top_k", "top_k_softmax", "experts_choose")
+GATES = ("softmax_top_k", "top_k_softmax", "sigmoid", "experts_choose")
+INDICES = ("token", "expert", "offsets", "place")
 needs_cpu_kernel = pytest.mark.skipif(why_missing("_C") is not None, reason=str(why_missing("_C")))
 
 # Settings that reach every branch: gate, top_k, capacity, batch_priority.
@@ -35,9 +42,15 @@ CASES: dict[str, dict[str, Any]] = {
     "top_5": {"top_k": 5, "capacity": 9, "batch_priority": True},
     "top_k_softmax": {"top_k": 2, "gate": "top_k_softmax"},
     "top_k_softmax_capacity": {"top_k": 3, "gate": "top_k_softmax", "capacity": 6, "batch_priority": True},
+    "sigmoid": {"top_k": 2, "gate": "sigmoid", "capacity": 6, "batch_priority": True},
     "experts_choose": {"top_k": 1, "gate": "experts_choose", "capacity": 7},
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+# With noise and losses: from where the noise comes, and its standard deviation.
+every_gate = pytest.mark.parametrize("gate", GATES)
+every_noise = pytest.mark.parametrize("noise_kind", ["none", "given", "seed"])
+NOISE_STD = 0.3
 
 
 @pytest.fixture(
@@ -60,6 +73,25 @@ def random_logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
     return (2 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, dtype)
 
 
+def training_case(
+    gate: str, noise_kind: str, logits: Tensor, losses: tuple[str, ...] = LOSSES
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """The noise, if it is given, and the other arguments of a call with all the losses that go with them."""
+    case: dict[str, Any] = {"top_k": 2, "gate": gate, "capacity": max(1, logits.shape[-2] // 4)}
+    without_load = gate == "experts_choose" or noise_kind == "none"
+    case["losses"] = tuple(name for name in losses if not (name == "load" and without_load))
+    if noise_kind != "none":
+        case["noise_std"] = NOISE_STD
+    if noise_kind == "seed":
+        case["seed"] = torch.tensor(2**62 + 12345, device=logits.device)
+    noise = NOISE_STD * random_logits(*logits.shape, seed=7).to(logits) if noise_kind == "given" else None
+    return noise, case
+
+
+def differentiable(assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
+    return assignment.weight, assignment.gates, assignment.losses
+
+
 def expected_assignment(
     scores: Tensor,
     gates: Tensor,
@@ -72,13 +104,13 @@ def expected_assignment(
     """The assignment by plain loops over groups, choices and tokens, with given gates."""
     groups, tokens, experts = scores.shape
     score, weight_of = scores.tolist(), gates.tolist()
-    rows: list[list[tuple[int, float, int | None]]] = [[] for _ in range(experts)]  # token, weight, choice number
+    rows: list[list[tuple[int, float, int]]] = [[] for _ in range(experts)]  # token, weight, column of place
     dropped = 0
     for g in range(groups):
         if gate == "experts_choose":
             for e in range(experts):
                 best = sorted(range(tokens), key=lambda t, g=g, e=e: (-weight_of[g][t][e], t))[:capacity]
-                rows[e] += [(g * tokens + t, weight_of[g][t][e], None) for t in best]
+                rows[e] += [(g * tokens + t, weight_of[g][t][e], e) for t in best]
             continue
         choices = [sorted(range(experts), key=lambda e, g=g, t=t: (-score[g][t][e], e))[:top_k] for t in range(tokens)]
         order = list(range(tokens))
@@ -93,12 +125,11 @@ def expected_assignment(
                     rows[e].append((g * tokens + t, weight_of[g][t][e], k))
                 else:
                     dropped += 1
-    place = [[-1] * (0 if gate == "experts_choose" else top_k) for _ in range(groups * tokens)]
+    place = [[-1] * (experts if gate == "experts_choose" else top_k) for _ in range(groups * tokens)]
     offsets = [0]
     for e in range(experts):
-        for slot, (token, _, k) in enumerate(rows[e]):
-            if k is not None:
-                place[token][k] = offsets[-1] + slot
+        for slot, (token, _, column) in enumerate(rows[e]):
+            place[token][column] = offsets[-1] + slot
         offsets.append(offsets[-1] + len(rows[e]))
     return {
         "token": [token for e in rows for token, _, _ in e] + [0] * dropped,
@@ -157,8 +188,11 @@ def golden_place(config: dict, assignment: Tensor) -> tuple[list[list[int]], lis
     """place, token and expert of the rows in use, told from the golden file's slots: rows go by expert, group, slot."""
     groups, tokens = config["groups"], config["tokens"]
     if config["router"] == "experts choose tokens":  # [G, S, E, C], one-hot over tokens
-        rows = sorted((e, g, slot, g * tokens + t, 0) for g, t, e, slot in assignment.nonzero().tolist())
-        return [[] for _ in range(groups * tokens)], [row[3] for row in rows], [row[0] for row in rows]
+        rows = sorted((e, g, slot, g * tokens + t, e) for g, t, e, slot in assignment.nonzero().tolist())
+        place = [[-1] * config["experts"] for _ in range(groups * tokens)]
+        for number, (e, _, _, token, _) in enumerate(rows):
+            place[token][e] = number
+        return place, [row[3] for row in rows], [row[0] for row in rows]
     rows = sorted(  # [G, S, K, (expert, slot)]
         (e, g, slot, g * tokens + t, k)
         for g, group in enumerate(assignment.tolist())
@@ -188,10 +222,42 @@ def test_route_fuzz(data, device_of_fuzz):
     if data.draw(st.booleans()):
         scores = scores.round()  # many ties
     case = {"top_k": top_k, "gate": gate, "capacity": capacity, "batch_priority": batch_priority}
+    noise, noise_std = None, data.draw(st.sampled_from([0.0, 0.125]))
+    if noise_std:
+        noise = noise_std * random_logits(groups, tokens, experts, seed=1, dtype=dtype).round()  # keeps ties
+    wanted = data.draw(st.sets(st.sampled_from(LOSSES)))
+    losses = wanted if noise_std and gate != "experts_choose" else wanted - {"load"}
     for backend, device in device_of_fuzz:
         with use_backend(route=backend):
-            assignment = route(scores.to(device), **case)
-        assert_as_expected(assignment, scores, **case)
+            assignment = route(
+                scores.to(device),
+                None if noise is None else noise.to(device),
+                noise_std=noise_std,
+                losses=losses,
+                **case,
+            )
+        assert_as_expected(assignment, scores if noise is None else scores + noise, **case)
+        expected = expected_losses(scores.double(), None if noise is None else noise.double(), case, noise_std, losses)
+        torch.testing.assert_close(assignment.losses.cpu().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def expected_losses(
+    logits: Tensor, noise: Tensor | None, case: dict[str, Any], noise_std: float, losses: Any
+) -> Tensor:
+    """[4, G] by the functions of routing_losses."""
+
+    def gates(scores: Tensor) -> Tensor:
+        return scores.sigmoid() if case["gate"] == "sigmoid" else scores.softmax(-1)
+
+    scores = logits if noise is None else logits + noise
+    values = {
+        "importance": lambda: importance_loss(gates(logits)),
+        "load": lambda: load_loss(logits, noise, top_k=case["top_k"], noise_std=noise_std),
+        "gshard": lambda: gshard_loss(gates(scores), first=scores.argmax(-1)),
+        "z": lambda: router_z_loss(logits),
+    }
+    none = logits.new_zeros(logits.shape[0])
+    return torch.stack([values[name]() if name in losses else none for name in LOSSES])
 
 
 @pytest.fixture(scope="session")
@@ -252,7 +318,110 @@ def test_gradient_of_one_output_alone(case, used, device):
 def test_gradcheck(case, device):
     logits = random_logits(2, 8, 5, device=device).requires_grad_()
     noise = (0.1 * random_logits(2, 8, 5, seed=1, device=device)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *inputs: route(*inputs, **case)[2::3], (logits, noise))
+    assert torch.autograd.gradcheck(lambda *inputs: differentiable(route(*inputs, **case))[:2], (logits, noise))
+
+
+@every_gate
+@every_noise
+def test_gradcheck_of_the_losses(gate, noise_kind, device):
+    logits = random_logits(2, 8, 5, device=device).requires_grad_()
+    noise, case = training_case(gate, noise_kind, logits.detach())
+    inputs = (logits,) if noise is None else (logits, noise.requires_grad_())
+    assert torch.autograd.gradcheck(lambda *inputs: differentiable(route(*inputs, **case)), inputs)
+
+
+@every_gate
+@every_noise
+@pytest.mark.parametrize("shape", [(2, 37, 8), (1, 1100, 5), (3, 20, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_call_is_as_exact_as_pytorch(gate, noise_kind, shape, dtype, kernel_device):
+    """Values within twice, gradients within three times the error of the reference in the same precision."""
+    logits = random_logits(*shape, dtype=torch.float32).double()
+    noise, case = training_case(gate, noise_kind, logits)
+    noise = None if noise is None else noise.float().double()
+
+    def run(backend: str, device: str, dtype: torch.dtype) -> tuple[Assignment, list[Tensor]]:
+        inputs = [x.to(device, dtype, copy=True).requires_grad_() for x in (logits, noise) if x is not None]
+        arguments = {name: value.to(device) if name == "seed" else value for name, value in case.items()}
+        with use_backend(route=backend):
+            assignment = route(*inputs, **arguments)
+        outputs = differentiable(assignment)
+        weights = [random_logits(*output.shape, seed=n).to(output) for n, output in enumerate(outputs)]
+        gradients = torch.autograd.grad(outputs, inputs, weights)
+        return assignment, [tensor.detach().cpu().double() for tensor in (*outputs, *gradients)]
+
+    found, found_values = run(kernel_device, kernel_device, dtype)
+    _, same_precision = run("reference", "cpu", dtype)
+    exact, exact_values = run("reference", "cpu", torch.float64)
+    for name in INDICES:
+        assert torch.equal(getattr(found, name).cpu(), getattr(exact, name)), name
+    for number, (value, other, true) in enumerate(zip(found_values, same_precision, exact_values, strict=True)):
+        # In float64 the reference is its own truth: some units in the last place of the largest intermediate number.
+        floor = (4 if dtype == torch.float32 else 100) * torch.finfo(dtype).eps * max(1.0, true.abs().max().item())
+        allowed = (2 if number < 3 else 3) * (other - true).abs().max().item() + floor
+        assert (value - true).abs().max().item() <= allowed, number
+
+
+@every_gate
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_loss_alone(gate, name, device):
+    """The others are zero, and leave no gradient."""
+    logits = random_logits(2, 23, 8, device=device).requires_grad_()
+    noise, case = training_case(gate, "given", logits.detach(), losses=(name,))
+    assignment = route(logits, noise, **case)
+    exact = logits.detach().cpu().requires_grad_()
+    expected = expected_losses(exact, noise.cpu(), case, NOISE_STD, case["losses"])
+    assert ("load" in case["losses"]) == (name == "load" and gate != "experts_choose")
+    torch.testing.assert_close(assignment.losses.cpu(), expected, rtol=1e-12, atol=0)
+    if not case["losses"]:
+        assert gate == "experts_choose"
+        return
+    weights = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], dtype=torch.float64)
+    (grad,) = torch.autograd.grad((assignment.losses * weights.to(device)).sum(), logits)
+    (expected_grad,) = torch.autograd.grad((expected * weights).sum(), exact)
+    torch.testing.assert_close(grad.cpu(), expected_grad, rtol=1e-10, atol=1e-15)
+
+
+@every_gate
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 700, 8), (3, 7, 5), (1, 1, 1), (1, 3, 256)], ids=str)
+def test_noise_of_a_seed_is_that_of_philox(gate, dtype, shape, device):
+    logits = random_logits(*shape, dtype=dtype, device=device)
+    for number in (0, -1, 2**63 - 1):
+        seed = torch.tensor([number], device=device)
+        case = {"top_k": 1, "gate": gate, "capacity": 1 if gate == "experts_choose" else None}
+        found = route(logits, seed=seed, noise_std=0.7, losses=("gshard",), **case)
+        noise = 0.7 * philox_normal(seed.cpu(), shape, torch.float64)
+        expected = route_reference(logits.cpu().double(), noise, losses=("gshard",), **case)
+        for name in INDICES:
+            assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
+        tolerance = {"rtol": 0, "atol": 2e-6 if dtype == torch.float32 else 1e-14}
+        torch.testing.assert_close(found.gates.cpu().double(), expected.gates, **tolerance)
+        tolerance["atol"] *= 10
+        torch.testing.assert_close(found.losses.cpu().double(), expected.losses, **tolerance)
+
+
+def test_first_choices_of_the_gshard_loss_go_by_score(device):
+    """Of scores whose gates are rounded to the same number, too."""
+    logits = torch.tensor([[[40.0, 50.0]] * 3 + [[1.0, 0.0]]], device=device)
+    (loss,) = route(logits, top_k=1, gate="sigmoid", losses=("gshard",)).losses[2].tolist()
+    first, second = (3 + 0.7310585786300049) / 4, (3 + 0.5) / 4
+    assert loss == pytest.approx(2 * (0.25 * first + 0.75 * second), rel=1e-6)
+
+
+@pytest.mark.parametrize("gate", ["softmax_top_k", "sigmoid"])
+def test_all_experts_chosen(gate, device):
+    """k = E: the threshold of the load loss is the smallest score, and every expert has a row of every token."""
+    logits = random_logits(2, 9, 8, device=device).requires_grad_()
+    noise = NOISE_STD * random_logits(2, 9, 8, seed=1, device=device)
+    assignment = route(logits, noise, top_k=8, gate=gate, noise_std=NOISE_STD, losses=("load",))
+    assert assignment.offsets.tolist() == [18 * e for e in range(9)]
+    assert assignment.token.view(8, 18).sort().values.tolist() == [list(range(18))] * 8
+    expected = load_loss(logits, noise, top_k=8, noise_std=NOISE_STD)
+    torch.testing.assert_close(assignment.losses[1], expected, rtol=1e-12, atol=0)
+    (grad,) = torch.autograd.grad(assignment.losses[1].sum(), logits)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), logits)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-16)
 
 
 def test_dropped_choices_have_no_gradient(device):
@@ -268,10 +437,19 @@ def test_dropped_choices_have_no_gradient(device):
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (0, 3)])
 def test_no_tokens(shape, device):
     logits = torch.zeros(shape, device=device, requires_grad=True)
-    assignment = route(logits, top_k=2, capacity=4, batch_priority=True)
+    assignment = route(
+        logits,
+        top_k=2,
+        capacity=4,
+        batch_priority=True,
+        losses=LOSSES,
+        seed=torch.tensor(1, device=device),
+        noise_std=1.0,
+    )
     assert assignment.token.numel() == assignment.place.numel() == assignment.gates.numel() == 0
     assert assignment.offsets.tolist() == [0, 0, 0, 0]
-    (grad,) = torch.autograd.grad(assignment.weight.sum() + assignment.gates.sum(), logits)
+    assert assignment.losses.tolist() == [[0.0] * (shape[0] if len(shape) == 3 else 1)] * 4
+    (grad,) = torch.autograd.grad(assignment.weight.sum() + assignment.gates.sum() + assignment.losses.sum(), logits)
     assert grad.shape == shape
 
 
@@ -341,43 +519,87 @@ def test_values_that_are_not_finite_leave_the_indices_sound(case, bad, device):
     assert torch.equal(result.gates.isnan().cpu(), expected.gates.isnan())
 
 
-@pytest.fixture(scope="module")
-def cuda_on_cpu(tmp_path_factory):
-    """The CUDA kernels, run on the CPU by an imitation of thread blocks and warps."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("no C++ compiler")
-    return load_cuda_on_cpu(ROOT / "csrc/cuda/route.cu", tmp_path_factory.mktemp("route"))
+@every_gate
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("noise_kind", ["none", "seed"])
+def test_values_that_are_not_finite_leave_other_tokens_alone(gate, bad, noise_kind, device):
+    clean = random_logits(2, 40, 8, device=device, dtype=torch.float32)
+    _, case = training_case(gate, noise_kind, clean)
+    case["capacity"] = 40  # drops nothing
+    logits = clean.clone()
+    logits[0, 3, 2] = bad
+    logits[0, 11] = bad
+    logits.requires_grad_()
+    result, expected = route(logits, **case), route(clean, **case)
+    others = torch.ones(80, dtype=torch.bool, device=device)
+    others[[3, 11]] = False
+    assert torch.equal(result.gates.flatten(0, 1)[others], expected.gates.flatten(0, 1)[others])
+    assert torch.equal(result.losses[:, 1], expected.losses[:, 1])  # of the other group
+    for name, limit in (("token", 80), ("expert", 8), ("offsets", result.token.numel() + 1)):
+        indices = getattr(result, name)
+        assert indices.min() >= 0 and indices.max() < limit, name
+    assert result.place.min() >= -1 and result.place.max() < result.token.numel()
+    (grad,) = torch.autograd.grad(result.weight[result.weight.isfinite()].sum(), logits)
+    assert grad.flatten(0, 1)[others].isfinite().all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tokens", "experts"), [(1, 1), (70, 6), (300, 8), (270, 33), (40, 256)], ids=lambda number: str(number)
-)
-@every_case
-def test_cuda_kernels_agree_with_loops_on_the_cpu(case, tokens, experts, cuda_on_cpu):
-    top_k, capacity = min(case["top_k"], experts), case.get("capacity")
-    capacity = capacity if capacity is None else min(capacity * (1 + tokens // 40), tokens)
-    case = {**case, "top_k": top_k, "capacity": capacity}
-    scores = random_logits(3, tokens, experts)
-    scores[1] = scores[1].round()  # many ties
-    arguments = (top_k, case.get("gate", "softmax_top_k"), capacity, "batch_priority" in case)
-    if case.get("gate") == "experts_choose":
-        arguments = (0, *arguments[1:])
-    assignment = Assignment(*cuda_on_cpu._route_forward(scores, *arguments))
-    assert_as_expected(assignment, scores, **case)
-    torch.testing.assert_close(assignment.gates, route_reference(scores, **case).gates, rtol=0, atol=1e-14)
-
-    saved = (assignment.gates, assignment.token, assignment.expert, assignment.offsets)
-    grad_weight, grad_gates = torch.rand_like(assignment.weight), torch.rand_like(assignment.gates)
-    for gradients in ((grad_weight, None), (None, grad_gates), (grad_weight, grad_gates)):
-        grad, expected = cuda_on_cpu._route_backward(*gradients, *saved), route_backward_reference(*gradients, *saved)
-        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-14)
+def test_debug_says_where_a_score_is_not_finite(device):
+    logits = random_logits(2, 9, 4, device=device)
+    logits[1, 2, 3] = float("nan")
+    route(logits, top_k=2)
+    with debug(), pytest.raises(M2MKDError, match=r"routing scores .* not finite .*\[1, 2, 3\]"):
+        route(logits, top_k=2)
+    with debug(), pytest.raises(M2MKDError, match="routing scores"):
+        route(torch.zeros_like(logits), logits, top_k=2)
 
 
-@pytest.mark.slow
-def test_cuda_kernels_take_no_tokens(cuda_on_cpu):
-    assignment = Assignment(*cuda_on_cpu._route_forward(torch.zeros(2, 0, 3), 2, "softmax_top_k", 4, True))
-    assert assignment.offsets.tolist() == [0, 0, 0, 0]
+@every_gate
+def test_outputs_do_not_depend_on_what_was_in_their_memory(gate, kernel_device):
+    logits = random_logits(2, 300, 8, device=kernel_device, dtype=torch.float32).requires_grad_()
+    _, case = training_case(gate, "seed", logits.detach())
+    case["capacity"] = 40
+
+    def everything() -> list[Tensor]:
+        assignment = route(logits, **case)
+        value = sum(tensor.square().sum() for tensor in differentiable(assignment))
+        return [*assignment, torch.autograd.grad(value, logits)[0]]
+
+    expected = [tensor.detach().clone() for tensor in everything()]
+    for poison in (float("nan"), 1e30):
+        for _ in range(2):
+            poisoned = [torch.full_like(tensor, poison) for tensor in expected if tensor.is_floating_point()]
+            poisoned += [torch.full_like(tensor, 2**40) for tensor in expected if not tensor.is_floating_point()]
+            del poisoned
+            for tensor, first in zip(everything(), expected, strict=True):
+                assert torch.equal(tensor, first)
+
+
+@every_gate
+def test_forty_calls_have_the_same_bits(gate, kernel_device):
+    logits = random_logits(2, 1500, 8, device=kernel_device, dtype=torch.float32).requires_grad_()
+    _, case = training_case(gate, "seed", logits.detach())
+    threads, first = torch.get_num_threads(), None
+    try:
+        for number in range(40):
+            torch.set_num_threads(1 + number % 2)
+            assignment = route(logits, **case)
+            value = sum(tensor.square().sum() for tensor in differentiable(assignment))
+            run = [*assignment, torch.autograd.grad(value, logits)[0]]
+            first = first or run
+            for tensor, expected in zip(run, first, strict=True):
+                assert torch.equal(tensor, expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_evaluation_takes_no_autograd_function(monkeypatch, kernel_device):
+    logits = random_logits(1, 9, 4, device=kernel_device)
+    expected = route(logits, top_k=2)
+    monkeypatch.setattr(route_module, "_Route", None)
+    with torch.no_grad():
+        found = route(logits, top_k=2)
+    for tensor, other in zip(found, expected, strict=True):
+        assert torch.equal(tensor, other)
 
 
 @every_case
@@ -402,15 +624,64 @@ def test_results_do_not_depend_on_threads_or_repetition(case, kernel_device):
             assert torch.equal(tensor, first)
 
 
-@every_case
-def test_private_ops_are_sound(case, kernel_device):
-    scores = random_logits(2, 9, 6, device=kernel_device)
-    arguments = (case["top_k"], case.get("gate", "softmax_top_k"), case.get("capacity"), "batch_priority" in case)
-    torch.library.opcheck(torch.ops.m2mkd_fast._route_forward.default, (scores, *arguments))
-    assignment = Assignment(*torch.ops.m2mkd_fast._route_forward(scores, *arguments))
-    saved = (assignment.gates, assignment.token, assignment.expert, assignment.offsets)
-    for gradients in ((assignment.weight, None), (None, assignment.gates), (assignment.weight, assignment.gates)):
-        torch.library.opcheck(torch.ops.m2mkd_fast._route_backward.default, (*gradients, *saved))
+@every_gate
+@pytest.mark.parametrize("noise_kind", ["none", "seed"])
+def test_private_ops_are_sound(gate, noise_kind, kernel_device):
+    logits = random_logits(2, 9, 6, device=kernel_device)
+    noise, case = training_case(gate, noise_kind, logits, losses=LOSSES if noise_kind == "seed" else ())
+    noise_std, top_k = case.get("noise_std", 0.0), 0 if gate == "experts_choose" else 2
+    wanted = sum(1 << LOSSES.index(name) for name in case["losses"])
+    arguments = (logits, noise, case.get("seed"), noise_std, top_k, gate, case["capacity"], False, wanted)
+    torch.library.opcheck(torch.ops.m2mkd_fast._route_forward.default, arguments)
+    outputs = torch.ops.m2mkd_fast._route_forward(*arguments)
+    assignment, saved = Assignment(*outputs[:7]), outputs[7:]
+    gradients = differentiable(assignment) if wanted else (assignment.weight, None, None)
+    tensors = (*gradients, logits, assignment.gates, assignment.place, *saved)
+    for need_noise in (False, True):
+        torch.library.opcheck(
+            torch.ops.m2mkd_fast._route_backward.default, (*tensors, noise_std, gate, wanted, need_noise)
+        )
+
+
+@every_gate
+@every_noise
+def test_backward_op_is_the_gradient_of_the_reference(gate, noise_kind, kernel_device):
+    logits = random_logits(2, 9, 6, device=kernel_device)
+    noise, case = training_case(gate, noise_kind, logits)
+    noise_std, top_k = case.get("noise_std", 0.0), 0 if gate == "experts_choose" else 2
+    wanted = sum(1 << LOSSES.index(name) for name in case["losses"])
+    outputs = torch.ops.m2mkd_fast._route_forward(
+        logits, noise, case.get("seed"), noise_std, top_k, gate, case["capacity"], False, wanted
+    )
+    assignment, saved = Assignment(*outputs[:7]), outputs[7:]
+    if noise_kind == "seed":
+        noise = noise_std * philox_normal(case["seed"], tuple(logits.shape), logits.dtype)
+    gradients = [random_logits(*tensor.shape, seed=3).to(tensor) for tensor in differentiable(assignment)]
+    for used in ((0,), (1,), (2,), (0, 1, 2)):
+        chosen = [tensor if n in used else None for n, tensor in enumerate(gradients)]
+        found = torch.ops.m2mkd_fast._route_backward(
+            *chosen, logits, assignment.gates, assignment.place, *saved, noise_std, gate, wanted, True
+        )
+        expected = route_backward_reference(
+            *chosen,
+            logits,
+            noise,
+            assignment,
+            saved[0],
+            top_k=top_k,
+            gate=gate,
+            noise_std=noise_std,
+            losses=case["losses"],
+        )
+        for tensor, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(tensor, other, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "experts_choose"])
+def test_training_call_compiles_as_one_graph(gate, kernel_device):
+    logits = random_logits(2, 12, 6, device=kernel_device)
+    _, case = training_case(gate, "seed", logits)
+    check_compiled(case, kernel_device, "aot_eager")
 
 
 @pytest.mark.parametrize("case", [CASES["batch_priority"], CASES["experts_choose"]], ids=["tokens", "experts"])
@@ -427,7 +698,8 @@ def test_compiles_with_inductor(case, kernel_device):
 def check_compiled(case: dict[str, Any], device: str, compiler: str) -> None:
     def loss(logits: Tensor) -> tuple[Tensor, Assignment]:
         assignment = route(2 * logits, **case)
-        return (assignment.weight.square().sum() + assignment.gates[..., 0].sum()), assignment
+        value = assignment.weight.square().sum() + assignment.gates[..., 0].sum() + assignment.losses.sum()
+        return value, assignment
 
     torch._dynamo.reset()
     logits = random_logits(2, 12, 6, device=device).requires_grad_()
@@ -444,13 +716,34 @@ def check_compiled(case: dict[str, Any], device: str, compiler: str) -> None:
 @every_case
 def test_second_derivatives(case, device):
     logits = random_logits(2, 8, 5, device=device).requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda logits: route(logits, **case)[2::3], (logits,))
+    assert torch.autograd.gradgradcheck(lambda logits: differentiable(route(logits, **case))[:2], (logits,))
+
+
+@every_gate
+@every_noise
+def test_second_derivatives_of_the_losses(gate, noise_kind, device):
+    logits = random_logits(2, 6, 4, device=device).requires_grad_()
+    noise, case = training_case(gate, noise_kind, logits.detach())
+    inputs = (logits,) if noise is None else (logits, noise.requires_grad_())
+    assert torch.autograd.gradgradcheck(lambda *inputs: differentiable(route(*inputs, **case)), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gate": "sigmoid"}, "unknown gate 'sigmoid'"),
+        ({"gate": "sigmoids"}, "unknown gate 'sigmoids'"),
+        ({"losses": ("zloss",)}, "unknown loss 'zloss'"),
+        ({"losses": ("load",)}, "load loss needs noise and its noise_std"),
+        ({"losses": ("load",), "noise": torch.zeros(5, 4)}, "load loss needs noise and its noise_std"),
+        ({"losses": ("load",), "gate": "experts_choose", "capacity": 2}, "load loss is defined where tokens choose"),
+        ({"noise_std": 0.1}, "noise_std is 0.1, but there is no noise"),
+        ({"noise_std": -0.1}, "noise_std is -0.1; it must be a finite number"),
+        ({"noise_std": float("inf")}, "noise_std is inf"),
+        ({"seed": torch.tensor(1)}, "noise_std is 0, so seed would draw no noise"),
+        ({"seed": torch.tensor(1), "noise": torch.zeros(5, 4), "noise_std": 1.0}, "two sources of noise"),
+        ({"seed": torch.tensor(1.0), "noise_std": 1.0}, "torch.float32, on cpu; expected one int64 number on cpu"),
+        ({"seed": torch.tensor([1, 2]), "noise_std": 1.0}, r"seed has shape \(2,\)"),
+        ({"noise": torch.zeros(5, 4, dtype=torch.int64)}, "noise is torch.int64 on cpu"),
         ({"logits": torch.zeros(4)}, r"shape \(4,\); expected \[groups, tokens, experts\]"),
         ({"logits": torch.zeros(2, 3, 0)}, "at least one expert"),
         ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, "int64; expected a floating dtype"),
