@@ -16,7 +16,8 @@
 #include "../route.h"
 #include "falling_order.h"
 #include "instruction_set.h"
-#include "normal.h"
+#include "normal_distribution.h"
+#include "normal_numbers.h"
 #include "softmax.h"
 #include "token_columns.h"
 

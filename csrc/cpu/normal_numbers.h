@@ -1,4 +1,4 @@
-// The normal distribution: numbers drawn from it by counter, as in m2mkd_fast/ops/philox.py, and its tail.
+// Numbers of the standard normal distribution, drawn by counter, as in m2mkd_fast/ops/philox.py.
 #pragma once
 
 #include <cmath>
@@ -71,27 +71,5 @@ class NormalNumbers {
   std::vector<uint32_t> words_;
   std::vector<scalar_t> numbers_;
 };
-
-// The probability that a standard normal variable is below -t, for t >= 0 and e = exp(-t^2 / 2). The polynomial is a
-// least-squares fit, weighted towards the largest relative error, which is 8e-9 for t <= 9; its argument runs from -1 (t
-// = 0) to 1, so that terms fall fast and rounding stays at one unit in the last place.
-inline float normal_tail(float t, float e) {
-  const float inverse = 1.0f / (t + 3.0f);
-  const float w = 1.0f - 6.0f * inverse;
-  float factor = -3.082184935e-4f;
-  factor = factor * w - 9.736378311e-4f;
-  factor = factor * w + 1.071683814e-3f;
-  factor = factor * w + 6.961703534e-3f;
-  factor = factor * w - 1.047172084e-2f;
-  factor = factor * w - 4.726237353e-2f;
-  factor = factor * w + 2.300182744e-1f;
-  factor = factor * w - 5.093319989e-1f;
-  factor = factor * w + 7.290836849e-1f;
-  return e * (inverse * factor);
-}
-
-inline double normal_tail(double t, double) {
-  return 0.5 * std::erfc(t * M_SQRT1_2);
-}
 
 }  // namespace m2mkd
