@@ -186,7 +186,7 @@ class Desks {
   }
 
  private:
-  static constexpr int64_t kPacked = kRowsOfBlock * Rows::kRowStep;
+  static constexpr int64_t kPacked = kRowsOfBlock / kTileRows * std::max(Rows::kTileStep, Columns::kTileStep);
   int64_t size_;
   Buffer<scalar_t> memory_;
 };
@@ -443,6 +443,12 @@ void forward(const Problem& problem, stored_t* out, stored_t* preactivation) {
         desks, weigh);
   }
   combine(problem, rows.data(), problem.out, out);
+  if (preactivation != nullptr) {  // what nobody reads has fixed contents all the same
+    const int64_t used = rounds.empty() ? 0 : rounds.back().segments.back().kept + rounds.back().segments.back().panels;
+    std::fill(
+        preactivation + used * made * lanes, preactivation + (problem.rows / lanes + problem.experts) * made * lanes,
+        stored_t());
+  }
 }
 
 template <typename stored_t>
@@ -459,41 +465,43 @@ void multiply_tokens(
     const Round& round, const Panels<scalar_t>& left, const TurnedPanels<scalar_t>& right, int64_t rows, int64_t columns,
     const Scales& scales, scalar_t* partial, scalar_t* partial_bias, stored_t* gradient, stored_t* bias) {
   constexpr int64_t lanes = kLanes<scalar_t>, width = kPanel<scalar_t>;
-  const int64_t groups = (rows + kGroup - 1) / kGroup;
+  const Blocks blocks(rows, kRowsOfBlock);
   const auto segments = static_cast<int64_t>(round.segments.size());
   const double work = static_cast<double>(rows) * columns * round.panels * width;
-  divide(groups * segments, work, [&](int64_t, int64_t begin, int64_t end) {
+  divide(blocks.count * segments, work, [&](int64_t, int64_t begin, int64_t end) {
     with_best_instructions([&] {
       for (int64_t unit = begin; unit < end; ++unit) {
         const Segment& segment = round.segments[unit % segments];
-        const int64_t first = unit / segments * kGroup, stop = std::min(rows, first + kGroup);
+        const int64_t first = unit / segments * blocks.size, stop = std::min(rows, first + blocks.size);
         stored_t* out = gradient + segment.expert * rows * columns;
         for (int64_t c = 0; c < columns; c += width) {
           for (int64_t r = first; r < stop; r += kTileRows) {
             Vector<scalar_t> sum[kTileRows][2] = {};
             add_panels(
                 left.of(segment.panel) + r * width, left.step, right.of(c, segment.panel), segment.panels, sum);
-            const int64_t number = std::min(width, columns - c);
+            const auto store = [&](auto number) {
 #pragma GCC unroll 8
-            for (int64_t i = 0; i < kTileRows; ++i) {
-              if (r + i >= stop) {
-                break;
-              }
-              scalar_t numbers[width];
-              vector_at(numbers) = sum[i][0];
-              vector_at(numbers + lanes) = sum[i][1];
-              scalar_t* so_far = partial + (r + i) * columns + c;
-              for (int64_t k = 0; !segment.first && k < number; ++k) {
-                numbers[k] += so_far[k];
-              }
-              if (segment.last) {
+              for (int64_t i = 0; i < kTileRows; ++i) {
+                if (r + i >= stop) {
+                  break;
+                }
+                scalar_t numbers[width];
+                vector_at(numbers) = sum[i][0];
+                vector_at(numbers + lanes) = sum[i][1];
+                scalar_t* so_far = partial + (r + i) * columns + c;
+                for (int64_t k = 0; !segment.first && k < number; ++k) {
+                  numbers[k] += so_far[k];
+                }
+                if (!segment.last) {
+                  std::copy(numbers, numbers + number, so_far);
+                  continue;
+                }
                 for (int64_t k = 0; k < number; ++k) {
                   round_to(numbers[k], out[(r + i) * columns + c + k]);
                 }
-              } else {
-                std::copy(numbers, numbers + number, so_far);
               }
-            }
+            };
+            columns - c >= width ? store(std::integral_constant<int64_t, width>{}) : store(columns - c);
           }
         }
         for (int64_t r = first; bias != nullptr && r < stop; ++r) {

@@ -59,7 +59,7 @@ struct Rows {
 
 // The transpose of what is stored: element (r, k) at source[k * stride + r].
 struct Columns {
-  static constexpr int64_t kRowStep = 1, kInnerStep = kTileRows, kTileStep = kTileRows * kInnerAtOnce;
+  static constexpr int64_t kRowStep = 1, kInnerStep = kTileRows, kTileStep = kTileRows * kInnerAtOnce + 8;
 
   static int64_t offset(int64_t stride, int64_t row, int64_t k) {
     return k * stride + row;
@@ -67,17 +67,20 @@ struct Columns {
 
   template <typename stored_t, typename scalar_t>
   static void pack(const stored_t* source, int64_t stride, int64_t rows, int64_t inner, scalar_t* out) {
-    const int64_t whole = rows / kTileRows * kTileRows;
+    constexpr int64_t kAtOnce = 8;  // numbers: whole vectors, of which the last ones are overwritten by the next k
     for (int64_t k = 0; k < inner; ++k, source += stride, out += kTileRows) {
       scalar_t* to = out;
-      for (int64_t r = 0; r < whole; r += kTileRows, to += kTileStep) {
+      int64_t r = 0;
+      for (; r + kAtOnce <= rows; r += kTileRows, to += kTileStep) {
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < kTileRows; ++i) {
+        for (int64_t i = 0; i < kAtOnce; ++i) {
           to[i] = widened(source[r + i]);
         }
       }
-      for (int64_t i = 0; whole < rows && i < kTileRows; ++i) {
-        to[i] = whole + i < rows ? widened(source[whole + i]) : scalar_t(0);
+      for (; r < rows; r += kTileRows, to += kTileStep) {
+        for (int64_t i = 0; i < kTileRows; ++i) {
+          to[i] = r + i < rows ? widened(source[r + i]) : scalar_t(0);
+        }
       }
     }
   }

@@ -404,14 +404,30 @@ class _ExpertMLP(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out):
         *saved, seed = ctx.saved_tensors
         needed = ctx.needs_input_grad
         backward = getattr(torch.ops.m2mkd_fast, f"{ctx.op}_backward")
         gradients = backward(grad_out, *saved, *ctx.options, seed, needed[1], any(needed[3:7]))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Not `once_differentiable`: it lets a gradient pass as a constant where grad_out needs no gradient itself.
+            gradients = [_NotTwice.apply(gradient, *saved) for gradient in gradients]
         gradients = (gradient if need else None for gradient, need in zip(gradients, needed[1:7], strict=True))
         return None, *gradients, *(None,) * 8
+
+
+class _NotTwice(torch.autograd.Function):
+    """A gradient of which none can be taken. ``inputs`` are what it depends on."""
+
+    @staticmethod
+    def forward(ctx, gradient, *inputs):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise M2MKDError(
+            "expert_mlp is differentiable once; for gradients of gradients write the loop over experts in plain PyTorch"
+        )
 
 
 _FORWARD = (
