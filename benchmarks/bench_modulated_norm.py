@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import itertools
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
-from _paired import Ratio, paired_ratio, write_json
+from _paired import Ratio, main_of_elementwise, measure_against_reference
 from torch import Tensor
 
 from m2mkd_fast.backend import use_backend
@@ -34,7 +29,6 @@ PRECISIONS = {
     "autocast": (torch.float32, torch.bfloat16),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
 }
-BASELINES = ("eager", "compiled")
 
 
 def measure(case: str, precision: str, baseline: str, backward: bool, pairs: int, device: str = "cuda") -> Ratio:
@@ -54,42 +48,18 @@ def measure(case: str, precision: str, baseline: str, backward: bool, pairs: int
         with use_backend(modulated_norm="triton" if device == "cuda" else "cpu"):
             return modulated_norm(inputs, weight, bias, scales, dtype=dtype)
 
-    def call_of(function: Callable[..., list[Tensor]]) -> Callable[[], object]:
-        def call() -> object:
-            outputs = function(*tensors)
-            return torch.autograd.grad(outputs, tensors, grads) if backward else outputs
-
-        return call
-
-    if baseline == "compiled":
-        torch._dynamo.reset()  # each size gets code of its own
-    passes = "forward and backward" if backward else "forward"
-    return paired_ratio(
-        f"modulated_norm, {device}, {case}, {precision}, {passes}, against {baseline}",
-        call_of(torch.compile(reference, dynamic=False) if baseline == "compiled" else reference),
-        call_of(kernel),
+    return measure_against_reference(
+        f"modulated_norm, {device}, {case}, {precision}",
+        reference,
+        kernel,
+        tensors,
+        grads,
+        baseline=baseline,
+        backward=backward,
         pairs=pairs,
-        synchronize=torch.cuda.synchronize if device == "cuda" else None,
+        device=device,
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=60)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    cases = list(itertools.product(CPU_CASES, ["float32"], BASELINES, (False, True), ["cpu"]))
-    if torch.cuda.is_available():
-        cases += itertools.product(CASES, PRECISIONS, BASELINES, (False, True), ["cuda"])
-    results = []
-    for case, precision, baseline, backward, device in cases:
-        results.append(measure(case, precision, baseline, backward, options.pairs, device))
-        print(results[-1], flush=True)
-    if options.json:
-        write_json(options.json, results)
-
-
 if __name__ == "__main__":
-    main()
+    main_of_elementwise(__doc__, measure, CPU_CASES, CASES, PRECISIONS)
