@@ -84,8 +84,12 @@ class Mixture:
             tensor(experts, width, scale=0.1),
         ]
         self.grad_out = tensor(tokens, width).detach()
-        self.assignment = assignment_of(tokens, experts, top_k, routing, generator, device)
-        self.assignment = self.assignment._replace(weight=self.assignment.weight.detach().requires_grad_(backward))
+        self.use(assignment_of(tokens, experts, top_k, routing, generator, device))
+        self.assignment.weight.requires_grad_(backward)
+
+    def use(self, assignment: Assignment) -> None:
+        """Another assignment of the same tokens."""
+        self.assignment = assignment._replace(weight=assignment.weight.detach())
         self.counts = self.assignment.offsets.diff().tolist()
 
     @property

@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2mkd_fast.models import create_model
+from m2mkd_fast.nn.vision_moe import auxiliary_losses
+from m2mkd_fast.ops.expert_mlp import expert_mlp
 from m2mkd_fast.ops.latent_affinity import latent_affinity
 from m2mkd_fast.ops.latent_attention import latent_attention
 from m2mkd_fast.ops.modulated_geglu import modulated_geglu
@@ -81,8 +83,11 @@ def operators(gates: Gates, limits: Mapping[str, int]) -> None:
     logits, states, scale = torch.randn(1, 64, 8), torch.randn(2, 16, 32), torch.randn(16, 32)
     heads, distance = torch.randn(2, 4, 16, 8), torch.rand(16, 16)
     seed, one = torch.zeros((), dtype=torch.int64), torch.ones(())
+    assignment, up, down = route(logits, top_k=2), torch.randn(8, 16, 32), torch.randn(8, 32, 16)
+    bias, tokens = torch.randn(8, 48), torch.randn(64, 32)
     calls: dict[str, Callable[[], object]] = {
         "route": lambda: route(logits, top_k=2),
+        "expert_mlp": lambda: expert_mlp(tokens, assignment, up, bias[:, :16], down, bias[:, 16:]),
         "latent_affinity": lambda: latent_affinity(distance, one, truncation=0.9, samples=2, seed=seed),
         "latent_attention": lambda: latent_attention(heads, heads, heads, distance),
         "modulated_norm": lambda: modulated_norm(states, scale[0], scale[1], [scale, scale]),
@@ -98,11 +103,12 @@ def operators(gates: Gates, limits: Mapping[str, int]) -> None:
 def training_loss(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(0)
     loss = F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64, device=images.device))
+    loss = loss + auxiliary_losses(model)
     return loss + model.regularization_loss() if hasattr(model, "regularization_loss") else loss
 
 
 def small_models() -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
-    for name in ("nac_micro.ring", "nac_micro.planted", "vmoe_micro.m2mkd"):
+    for name in ("nac_micro.ring", "nac_micro.planted", "vmoe_micro.m2mkd", "vmoe_micro.every2"):
         torch.manual_seed(0)
         yield name, create_model(name), torch.randn(2, 1, 16, 16)
 
@@ -118,25 +124,26 @@ def graph_breaks(gates: Gates) -> None:
 
 
 def waits(gates: Gates) -> None:
-    """A training step of a circuit on a GPU may read nothing back from it.
+    """A training step on a GPU may read nothing back from it.
 
     Forward with fake tensors, which take a GPU's path and have nothing to be read; backward on the processor, because
     autograd looks for a driver. The planted graph is left out: its regulariser assigns clusters on the host, as the
     published one does.
     """
-    found = set()
-    with torch.device("meta"):
-        model = create_model("nac_micro.ring")
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cuda", torch.bfloat16):
-        try:
-            training_loss(model.to_empty(device="cuda"), torch.randn(2, 1, 16, 16, device="cuda"))
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            found.add(f"{error.func} (forward)")
-    loss = training_loss(create_model("nac_micro.ring"), torch.randn(2, 1, 16, 16))
-    with CountOperators() as counted:
-        loss.backward()
-    found |= {f"{operator} (backward)" for operator in WAITS.intersection(counted.names)}
-    gates.note(not found, f"nac_micro.ring: a training step waits for {sorted(found) or 'nothing'}")
+    for name in ("nac_micro.ring", "vmoe_micro.m2mkd", "vmoe_micro.every2"):
+        found = set()
+        with torch.device("meta"):
+            model = create_model(name)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cuda", torch.bfloat16):
+            try:
+                training_loss(model.to_empty(device="cuda"), torch.randn(2, 1, 16, 16, device="cuda"))
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                found.add(f"{error.func} (forward)")
+        loss = training_loss(create_model(name), torch.randn(2, 1, 16, 16))
+        with CountOperators() as counted:
+            loss.backward()
+        found |= {f"{operator} (backward)" for operator in WAITS.intersection(counted.names)}
+        gates.note(not found, f"{name}: a training step waits for {sorted(found) or 'nothing'}")
 
 
 def same_bits(gates: Gates) -> None:
