@@ -2,8 +2,9 @@
 #
 #   make demo       teacher -> modules -> student on two small data sets, with a report
 #   make test       all tests but the slow ones;  make test-slow  those;  make gates  speed and import-time limits;  make lint
-#   make bench      all benchmarks, as JSON in $(OUT)
-#   make gpu-check  on a machine with a GPU, with the python3 that is there: build in place, GPU tests, benchmarks
+#   make bench      all benchmarks, as JSON in $(OUT); BENCHES="bench_route bench_nac" for some of them
+#   make gpu-check  on a machine with a GPU, with the python3 that is there: build in place, GPU tests, gpu-bench
+#   make gpu-bench  the benchmarks alone, at most BENCH_SECONDS together, those of BENCHES in their order
 #   make wheel      wheel and source distribution in dist/
 #   make soak       the property tests, many times longer
 
@@ -12,13 +13,17 @@ MAX_JOBS ?= 2
 JOBS ?= 2
 OUT ?= benchmarks/results/local
 SOAK_EXAMPLES ?= 5000
+# Mixtures first: a GPU run may end before the last one.
+FIRST_BENCHES := bench_expert_mlp bench_vision_moe bench_route
+BENCHES ?= $(FIRST_BENCHES) $(filter-out $(FIRST_BENCHES),$(basename $(notdir $(sort $(wildcard benchmarks/bench_*.py)))))
+BENCH_SECONDS ?= 540
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-slow gates bench gpu-check lint wheel soak clean
+.PHONY: demo test test-slow gates bench gpu-check gpu-bench lint wheel soak clean
 
 demo: $(STAMP)
 	$(BIN)/m2mkd run configs/digits_vmoe.yaml --jobs $(JOBS)
@@ -35,7 +40,7 @@ gates: $(STAMP)
 
 bench: $(STAMP)
 	mkdir -p $(OUT)
-	for file in benchmarks/bench_*.py; do $(BIN)/python $$file --json $(OUT)/$$(basename $$file .py).json || exit 1; done
+	for bench in $(BENCHES); do $(BIN)/python benchmarks/$$bench.py --json $(OUT)/$$bench.json || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -46,8 +51,16 @@ gpu-check:
 	TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} M2MKD_BUILD_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m m2mkd_fast.info | tee $(OUT)/info.txt
 	PYTHONPATH=. M2MKD_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu -p no:cacheprovider $$(grep -rl 'mark\.gpu' tests)
-	for file in benchmarks/bench_*.py; do \
-		PYTHONPATH=. $(PYTHON) $$file --json $(OUT)/$$(basename $$file .py).json || exit 1; done
+	$(MAKE) gpu-bench
+
+gpu-bench:
+	mkdir -p $(OUT)
+	end=$$(($$(date +%s) + $(BENCH_SECONDS))); for bench in $(BENCHES); do \
+		left=$$((end - $$(date +%s))); \
+		if [ $$left -le 0 ]; then echo "$$bench: not begun within $(BENCH_SECONDS) s"; continue; fi; \
+		PYTHONPATH=. timeout $$left $(PYTHON) benchmarks/$$bench.py --json $(OUT)/$$bench.json; code=$$?; \
+		if [ $$code -eq 124 ]; then echo "$$bench: cut off after $(BENCH_SECONDS) s of all benchmarks"; \
+		elif [ $$code -ne 0 ]; then exit 1; fi; done
 
 wheel: $(STAMP)
 	rm -rf dist
