@@ -11,12 +11,15 @@ import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from _mixture_peers import (
     DTYPES,
+    EXPERTS,
     OTHER_PACKAGES,
     SIZES,
     TOP_K,
@@ -26,11 +29,21 @@ from _mixture_peers import (
     kept_for_backward,
     layer_of,
 )
-from _paired import Ratio, Results, paired_ratios
+from _paired import Ratio, Results, paired_ratio, paired_ratios
 from torch import Tensor, nn
 
+from m2mkd_fast.models import create_model
+from m2mkd_fast.nn.expert_mlp import ExpertMLP
 from m2mkd_fast.nn.router import ROUTERS
 from m2mkd_fast.nn.vision_moe import VisionMoE
+from m2mkd_fast.ops.route import Assignment
+
+# Models whose routers drop nothing, because the baselines cannot.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "B/16": ("vmoe_base.m2mkd", {}),
+    "S/32": ("vmoe_small32.every2", {"router": "m2mkd"}),
+    "micro": ("vmoe_micro.m2mkd", {}),
+}
 
 
 class Pass:
@@ -155,6 +168,48 @@ def memory(**arguments: Any) -> Mapping[str, Any]:
     return {**vars(result), "ratio": result.ratio}
 
 
+class Training:
+    """Forward and backward pass of a whole V-MoE; with ``experts``, a function of ``EXPERTS``, in place of ours."""
+
+    def __init__(self, model: str, images: int, device: str, experts: str | None = None) -> None:
+        name, options = MODELS[model]
+        torch.manual_seed(0)
+        self.model, self.device = create_model(name, **options).to(device), device
+        size = self.model.patch_embed.img_size
+        self.images = torch.randn(images, self.model.patch_embed.proj.in_channels, *size, device=device)
+        self.labels = torch.randint(self.model.num_classes, (images,), device=device)
+        for layer in self.model.modules():
+            if isinstance(layer, ExpertMLP) and experts is not None:
+                layer.forward = partial(in_place_of_ours, EXPERTS[experts], layer)
+
+    def __call__(self) -> Tensor:
+        self.model.zero_grad()
+        # As V-MoE is trained: on a GPU in bfloat16, by autocast.
+        with torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext():
+            loss = F.cross_entropy(self.model(self.images), self.labels)
+        loss.backward()
+        return loss
+
+
+def in_place_of_ours(experts: Callable[..., Tensor], layer: ExpertMLP, x: Tensor, assignment: Assignment) -> Tensor:
+    parameters = [layer.htoh4.weight, layer.htoh4.bias, layer.h4toh.weight, layer.h4toh.bias]
+    if experts is not EXPERTS["published"] and torch.is_autocast_enabled(x.device.type):
+        x, *parameters = (tensor.to(torch.bfloat16) for tensor in (x, *parameters))  # grouped products know no autocast
+    return experts(x, assignment, *parameters)
+
+
+def measure_model(model: str, baseline: str, images: int, pairs: int, *, device: str = "cpu") -> Ratio:
+    """A whole V-MoE on our experts against the same with other ones; routers and all else are the same."""
+    return paired_ratio(
+        f"V-MoE {model}, {device}, {images} images, forward and backward, against experts by {baseline}",
+        Training(model, images, device, baseline),
+        Training(model, images, device),
+        pairs=pairs,
+        warm_up=2,
+        synchronize=torch.cuda.synchronize if device == "cuda" else None,
+    )
+
+
 def on_cpu(results: Results, pairs: int) -> None:
     size = "B/16, 8 images"
     for backward in (False, True):
@@ -165,6 +220,8 @@ def on_cpu(results: Results, pairs: int) -> None:
         results.add(measure(size, "plain router", backward=backward, pairs=pairs, router="vmoe"))
     for dtype in ("float32", "bfloat16"):
         results.add(kept(size, dtype=dtype))
+    for baseline in ("loop", "published"):
+        results.add(measure_model("S/32", baseline, 8, pairs))
 
 
 def on_gpu(results: Results, pairs: int, seconds: float) -> None:
@@ -186,6 +243,9 @@ def on_gpu(results: Results, pairs: int, seconds: float) -> None:
     run("B/16", (*plain, "published", *OTHER_PACKAGES), backward=False)
     run("B/16", ["plain router"], router="vmoe")
     run("B/16", ("dense MLP", "loop", "published"), dtype="autocast")
+    for baseline in ("loop", "grouped products", "published"):
+        if time.monotonic() < stop:
+            results.add(measure_model("B/16", baseline, 128, max(pairs // 3, 2), device="cuda"))
     for size in ("S/32", "L/16", "H/14"):
         run(size, (*plain, *OTHER_PACKAGES))
     for size in ("B/16", "S/32", "L/16", "H/14"):

@@ -190,6 +190,15 @@ def test_memory_of_the_layer(name):
     assert found["ratio"] == pytest.approx(found["baseline_mib"] / found["candidate_mib"])
 
 
+def test_a_whole_model_on_other_experts_is_the_same_model():
+    bench = load("bench_vision_moe")
+    ours, others = (bench.Training("micro", 3, "cpu", experts) for experts in (None, "published"))
+    torch.testing.assert_close(ours(), others())
+    for (name, mine), (_, other) in zip(ours.model.named_parameters(), others.model.named_parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert bench.measure_model("micro", "loop", 2, 2).speedup > 0
+
+
 def on_the_processor(function):
     """A function for a GPU, on the processor."""
     signature = inspect.signature(function)
@@ -212,6 +221,13 @@ def tiny_gpu(monkeypatch):
     for module in (experts, layers):
         monkeypatch.setattr(module, "compare", on_the_processor(module.compare))
         monkeypatch.setattr(module, "kept", on_the_processor(module.kept))
+    # Of whole models those with the baselines' experts in bfloat16 need a GPU's autocast.
+    measure_model = on_the_processor(layers.measure_model)
+    monkeypatch.setattr(
+        layers,
+        "measure_model",
+        lambda model, baseline, images, *rest, **more: measure_model("micro", "loop", 2, *rest, **more),
+    )
     monkeypatch.setattr(experts, "Mixture", partial_on_the_processor(peers.Mixture))
     whole = peers.experts_of
     monkeypatch.setattr(experts, "experts_of", lambda name: whole(name.removeprefix("compiled ")))
@@ -238,8 +254,8 @@ def test_the_cases_of_a_gpu(tiny_gpu, monkeypatch, tmp_path):
         assert any(f", {size}, 8 experts, balanced, bfloat16, forward and backward, against" in name for name in found)
     for number in (32, 64):
         assert any(f"expert_mlp, cpu, H/14, {number} experts" in name for name in found)
-    for baseline in ("compiled loop", "published", "dense MLP", "balanced routing", "plain router"):
-        assert any(name.endswith(f"against {baseline}") for name in found)
+    for baseline in ("compiled loop", "published", "dense MLP", "balanced routing", "plain router", "by loop"):
+        assert any(name.endswith(baseline) for name in found)
     for package in ("scattermoe", "megablocks", "tutel", "fastmoe"):
         assert any(package in name for name in found)
 
