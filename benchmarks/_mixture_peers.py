@@ -69,13 +69,13 @@ class Mixture:
         self.size, self.experts, self.top_k, self.device = SIZES[size], experts, top_k, device
         tokens, width, hidden = self.size.tokens, self.size.width, self.size.hidden
         generator = torch.Generator().manual_seed(0)
+        # Parameters are drawn on the device: half a billion numbers of 64 experts take a processor seconds.
+        on_device = generator if device == "cpu" else torch.Generator(device).manual_seed(0)
 
         def tensor(*shape: int, scale: float = 1.0) -> Tensor:
-            # On the device: half a billion numbers of 64 experts take a processor seconds.
             drawn = torch.empty(shape, device=device, dtype=DTYPES[dtype]).normal_(generator=on_device)
-            return (drawn * scale).requires_grad_(backward)
+            return drawn.mul_(scale).requires_grad_(backward)
 
-        on_device = generator if device == "cpu" else torch.Generator(device).manual_seed(0)
         self.x = tensor(tokens, width)
         self.parameters = [
             tensor(experts, hidden, width, scale=width**-0.5),

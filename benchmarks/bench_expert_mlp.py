@@ -145,13 +145,13 @@ def milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
     return 1e3 * (time.perf_counter() - start) / repeats
 
 
-def ceiling(results: Results, dtype: str = "bfloat16") -> float:
+def ceiling(results: Results, *, dtype: str = "bfloat16", device: str = "cuda", side: int = 8192) -> float:
     """TFLOP/s of the fastest matrix product found: a large square, and each size's own products in one piece."""
-    square = torch.randn(8192, 8192, device="cuda", dtype=DTYPES[dtype])
+    square = torch.randn(side, side, device=device, dtype=DTYPES[dtype])
     out = torch.empty_like(square)
-    found = {"8192 x 8192 x 8192": (milliseconds(lambda: torch.mm(square, square, out=out)), 2 * 8192**3)}
+    found = {f"{side} x {side} x {side}": (milliseconds(lambda: torch.mm(square, square, out=out)), 2 * side**3)}
     for size in ("B/16", "S/32", "L/16", "H/14"):
-        mixture = Mixture(size, dtype=dtype, device="cuda", backward=False)
+        mixture = Mixture(size, dtype=dtype, device=device, backward=False)
         products = Products(mixture, whole=True)
         found[f"{size}, two products in one piece"] = (
             milliseconds(products.forward),
@@ -160,7 +160,7 @@ def ceiling(results: Results, dtype: str = "bfloat16") -> float:
     rates = {name: flops / taken / 1e9 for name, (taken, flops) in found.items()}
     best = max(rates.values())
     for name, (taken, _) in found.items():
-        results.add(Rate(f"matrix product, cuda, {dtype}, {name}", rates[name], taken, rates[name] / best))
+        results.add(Rate(f"matrix product, {device}, {dtype}, {name}", rates[name], taken, rates[name] / best))
     return best
 
 
@@ -203,7 +203,7 @@ def on_gpu(results: Results, pairs: int, seconds: float) -> None:
         if not more:
             results.add(rate(size, best, backward=backward, experts=experts))
 
-    run("B/16", (*eager, *compiled, "published"))
+    run("B/16", (*eager, *compiled, "published", *PRODUCTS))
     results.add(kept("B/16", dtype="bfloat16", device="cuda"))
     run("B/16", ["balanced routing"], routing="one expert", top_k=1)
     run("B/16", ["balanced routing"], routing="skewed")

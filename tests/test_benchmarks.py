@@ -229,6 +229,7 @@ def tiny_gpu(monkeypatch):
         lambda model, baseline, images, *rest, **more: measure_model("micro", "loop", 2, *rest, **more),
     )
     monkeypatch.setattr(experts, "Mixture", partial_on_the_processor(peers.Mixture))
+    monkeypatch.setattr(experts, "ceiling", partial(experts.ceiling, device="cpu", side=64))
     whole = peers.experts_of
     monkeypatch.setattr(experts, "experts_of", lambda name: whole(name.removeprefix("compiled ")))
     layer_of = peers.layer_of
@@ -241,14 +242,14 @@ def partial_on_the_processor(kind):
 
 
 @pytest.mark.slow
-def test_the_cases_of_a_gpu(tiny_gpu, monkeypatch, tmp_path):
+def test_the_cases_of_a_gpu(tiny_gpu):
     experts, layers = tiny_gpu
-    monkeypatch.setattr(experts, "ceiling", lambda results: 1.0)
     paired = load("_paired")
-    found = []
+    found, figures = [], []
     for module in (experts, layers):
         results = paired.Results(None)
         module.on_gpu(results, pairs=1, seconds=600.0)
+        figures += results.results
         found += [*(result.name for result in results.results), *results.notes]
     for size in ("B/16", "S/32", "L/16", "H/14", "B/16, one image", "H/14, one image"):
         assert any(f", {size}, 8 experts, balanced, bfloat16, forward and backward, against" in name for name in found)
@@ -256,17 +257,19 @@ def test_the_cases_of_a_gpu(tiny_gpu, monkeypatch, tmp_path):
         assert any(f"expert_mlp, cpu, H/14, {number} experts" in name for name in found)
     for baseline in ("compiled loop", "published", "dense MLP", "balanced routing", "plain router", "by loop"):
         assert any(name.endswith(baseline) for name in found)
+    rates = [result for result in figures if type(result).__name__ == "Rate"]
+    assert max(rate.share_of_ceiling for rate in rates if rate.name.startswith("matrix product")) == 1.0
+    assert all(rate.tflops > 0 and rate.milliseconds > 0 for rate in rates)
     for package in ("scattermoe", "megablocks", "tutel", "fastmoe"):
         assert any(package in name for name in found)
 
 
-def test_a_gpu_run_begins_nothing_after_its_time(tiny_gpu, monkeypatch):
+def test_a_gpu_run_begins_nothing_after_its_time(tiny_gpu):
     experts, layers = tiny_gpu
-    monkeypatch.setattr(experts, "ceiling", lambda results: 1.0)
     for module in (experts, layers):
         results = load("_paired").Results(None)
         module.on_gpu(results, pairs=1, seconds=-1.0)
-        assert {type(result).__name__ for result in results.results} == {"Kept"}
+        assert {type(result).__name__ for result in results.results} <= {"Kept", "Rate"}
         assert len(results.notes) > 10
         assert all("not reached" in note for note in results.notes)
 
