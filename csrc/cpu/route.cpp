@@ -1,9 +1,9 @@
 // CPU kernels of `route`; the maths is in m2mkd_fast/ops/route.py, what the ops take and return in ../route.h.
 //
-// Tokens are cut into chunks of a fixed size, so that the result does not depend on the number of threads. One pass over
-// the chunks draws the noise, chooses, writes gates, and sums up what the losses need; it counts how often each chunk
-// wants each expert. A scan turns counts into first rows, and a second pass gives every choice its row. The backward is
-// one pass.
+// Tokens are cut into chunks of a fixed size, so that the result does not depend on the number of threads. One pass
+// over the chunks draws the noise, chooses, writes gates, and sums up what the losses need; it counts how often each
+// chunk wants each expert. A scan turns counts into first rows, and a second pass gives every choice its row. The
+// backward is one pass.
 
 #include <algorithm>
 #include <limits>
@@ -597,8 +597,8 @@ void tokens_choose(
   int64_t* out_expert = out.expert.mutable_data_ptr<int64_t>();
   int64_t* place = out.place.mutable_data_ptr<int64_t>();
   scalar_t* out_weight = out.weight.mutable_data_ptr<scalar_t>();
-  // Gives the tokens token_at(begin), ..., token_at(end - 1) their rows. next[k, e]: the row after which expert e goes on
-  // with its k-th choices.
+  // Gives the tokens token_at(begin), ..., token_at(end - 1) their rows. next[k, e]: the next row of expert e that goes
+  // to a k-th choice.
   const auto place_tokens = [&](int64_t g, const int64_t* slots, int64_t begin, int64_t end, const auto& token_at) {
     std::vector<int64_t> next(slots, slots + per_chunk);
     const int64_t* last = rows.end.data() + g * p.experts;
@@ -631,7 +631,8 @@ void tokens_choose(
         place_tokens(g, wanted.data() + g * chunks * per_chunk, 0, p.tokens, [&](int64_t position) {
           return first + order[position];
         });
-        fill_rows(p, rows.offsets, p.rows / p.groups * g, p.rows / p.groups * (g + 1), out_token, out_expert, out_weight);
+        const int64_t part = p.tokens * p.top_k;
+        fill_rows(p, rows.offsets, g * part, (g + 1) * part, out_token, out_expert, out_weight);
       }
     });
     return;
