@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _paired import Ratio, paired_ratio, write_json
+from _paired import Ratio, Results, paired_ratio
 from torch import Tensor
 
 from m2mkd_fast.backend import use_backend
@@ -104,7 +104,7 @@ def memory(*arguments: object) -> str:
         call()
         torch.cuda.synchronize()
         peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20)
-    return f"  peak {peaks[0]:.1f} -> {peaks[1]:.1f} MiB"
+    return f"{', '.join(map(str, arguments))}: peak {peaks[0]:.1f} -> {peaks[1]:.1f} MiB"
 
 
 def main() -> None:
@@ -115,16 +115,15 @@ def main() -> None:
     parser.add_argument("--density", type=float, nargs="*", default=[0.22, 0.6])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = []
+    results = Results(options.json)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for case in itertools.product(CIRCUITS, MODES, BASELINES[device], (False, True), options.density):
             sampled = MODES[case[1]][0]
             if not sampled and case[2] == "philox":
                 continue  # without noise it is the eager baseline
-            results.append(measure(*case, options.pairs, device))
-            print(f"{results[-1]}{memory(*case) if device == 'cuda' else ''}", flush=True)
-    if options.json:
-        write_json(options.json, results)
+            results.add(measure(*case, options.pairs, device))
+            if device == "cuda":
+                results.add(memory(*case))
 
 
 if __name__ == "__main__":

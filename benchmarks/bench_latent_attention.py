@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _paired import Ratio, paired_ratio, write_json
+from _paired import Ratio, Results, paired_ratio
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
@@ -212,15 +212,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only this one; by default every one that is there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = []
+    results = Results(options.json)
     there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in [options.device] if options.device else there:
         for result in results_of(device, options.pairs):
-            print(result, flush=True)
-            if not isinstance(result, str):
-                results.append(result)
-    if options.json:
-        write_json(options.json, results)
+            results.add(result)
 
 
 if __name__ == "__main__":

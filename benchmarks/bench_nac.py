@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _paired import Ratio, paired_ratio, write_json
+from _paired import Ratio, Results, paired_ratio
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -147,26 +147,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    results = []
-
-    def note(result: Ratio) -> None:
-        results.append(result)
-        print(result, flush=True)
-
+    results = Results(options.json)
     for case, phase in itertools.product(CASES, PHASES):
         if torch.cuda.is_available():
             for baseline in ("eager", "compiled"):
-                note(measure(case, phase, options.pairs, device="cuda", baseline=baseline))
+                results.add(measure(case, phase, options.pairs, device="cuda", baseline=baseline))
         else:
-            note(measure(case, phase, options.pairs))
+            results.add(measure(case, phase, options.pairs))
     if not torch.cuda.is_available():
         for case in CASES:
-            note(measure_products(case, options.pairs))
+            results.add(measure_products(case, options.pairs))
     if torch.cuda.is_available():
         for case in CASES:
-            note(measure_captured(case, options.pairs))
-    if options.json:
-        write_json(options.json, results)
+            results.add(measure_captured(case, options.pairs))
 
 
 if __name__ == "__main__":

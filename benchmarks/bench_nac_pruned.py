@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _paired import Ratio, paired_ratio, write_json
+from _paired import Ratio, Results, paired_ratio
 from torch import Tensor, nn
 
 from m2mkd_fast.models import create_model
@@ -63,14 +63,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    results = []
+    results = Results(options.json)
     ways = (False, True) if torch.cuda.is_available() else (False,)
     batch_sizes = (1, 128) if torch.cuda.is_available() else (1,)
     for case, batch_size, captured, keep in itertools.product(CASES, batch_sizes, ways, KEEPS):
-        results.append(measure(case, keep, batch_size, options.pairs, captured=captured))
-        print(results[-1], flush=True)
-    if options.json:
-        write_json(options.json, results)
+        results.add(measure(case, keep, batch_size, options.pairs, captured=captured))
 
 
 if __name__ == "__main__":

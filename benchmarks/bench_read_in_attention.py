@@ -8,14 +8,13 @@ definition and the rearranged products too. Memory is what is allocated on top o
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _paired import Ratio, paired_ratio, write_json
+from _paired import Ratio, Results, paired_ratio
 from torch import Tensor
 
 from m2mkd_fast.backend import use_backend
@@ -143,25 +142,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results, memories = [], []
+    results = Results(options.json)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         for case in CASES[device]:
             for backward in (False, True):
                 for baseline in BASELINES[device]:
-                    results.append(measure(case, device, baseline, backward, options.pairs, dtype))
-                    print(results[-1], flush=True)
-                memories.append(memory(case, device, backward, dtype))
-                found = memories[-1]
-                print(
-                    f"{found['name']:<60} {found['ratio']:6.2f}x  "
-                    f"{found['baseline_mib']:9.1f} MiB -> {found['candidate_mib']:9.1f} MiB",
-                    flush=True,
-                )
-    if options.json:
-        write_json(options.json, results)
-        content = json.loads(options.json.read_text())
-        options.json.write_text(json.dumps({**content, "memory": memories}, indent=2) + "\n")
+                    results.add(measure(case, device, baseline, backward, options.pairs, dtype))
+                found = memory(case, device, backward, dtype)
+                sizes = f"{found['baseline_mib']:9.1f} MiB -> {found['candidate_mib']:9.1f} MiB"
+                results.add(f"{found['name']:<60} {found['ratio']:6.2f}x  {sizes}")
 
 
 if __name__ == "__main__":

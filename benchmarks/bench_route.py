@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _paired import Ratio, paired_ratio, write_json
+from _paired import Ratio, Results, paired_ratio
 
 from m2mkd_fast.backend import use_backend
 from m2mkd_fast.ops.route import Assignment, capacity_of, route
@@ -76,14 +76,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=60)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = []
+    results = Results(options.json)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for case in CASES:
             for backward in (False, True):
-                results.append(measure(case, device, backward, options.pairs))
-                print(results[-1], flush=True)
-    if options.json:
-        write_json(options.json, results)
+                results.add(measure(case, device, backward, options.pairs))
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_wheel_and_source_distribution_are_complete(source_tree, tmp_path, monke
         archive.extractall(tmp_path / "unpacked", filter="data")
     files = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu", ".h")]
     sources = {str(path.relative_to(ROOT)) for path in files}
-    kernels = {f"m2mkd_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    kernels = {f"m2mkd_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.*")}
     modules = {str(path.relative_to(source_tree)) for path in (source_tree / "m2mkd_fast").rglob("*.py")}
     assert sources | kernels | modules | {"setup.py", "m2mkd_fast/py.typed"} <= packed
 

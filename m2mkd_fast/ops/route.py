@@ -270,7 +270,8 @@ def route_backward_reference(
             "gates": (gates, grad_gates),
             "losses": (_losses(logits, noise, top_k, gate, noise_std, losses), grad_losses),
         }
-        used = [pair for pair in values.values() if pair[1] is not None]
+        # Losses that were not asked for are constant zeros.
+        used = [pair for pair in values.values() if pair[1] is not None and pair[0].requires_grad]
         # Plus zero times both inputs, since the values may not depend on one of them.
         outputs = [*(value for value, _ in used), 0.0 * scores]
         gradients = [*(gradient for _, gradient in used), torch.zeros_like(scores)]
