@@ -7,18 +7,16 @@ once more in a process of its own, where the tests below it get the device "cpu"
 from __future__ import annotations
 
 import math
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from affinity_cases import CASES, arguments_of, assert_as_exact_as_reference, everything, random_distance
+from triton_interpreter import DEVICES, INTERPRETED, in_another_process, needs_triton, run_in_the_interpreter
 
 from m2mkd_fast.backend import use_backend
 from m2mkd_fast.errors import M2MKDError
@@ -30,7 +28,6 @@ from m2mkd_fast.ops.latent_affinity import (
 )
 from m2mkd_fast.ops.philox import philox_uniform
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # receivers, senders: a multiple of four edges or not, less than a block and several
 SHAPES = [(1, 1), (5, 15), (4, 20)]
 # batch, receivers, senders
@@ -41,8 +38,7 @@ PUBLISHED = {
     "odd": (7, 333, 1001),
 }
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-in_another_process = pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+pytestmark = needs_triton
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -50,14 +46,10 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_kernels_run_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "M2MKD_BACKEND": ""}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", ran.stdout).group(1)) >= len(SHAPES) * len(CASES)
+    run_in_the_interpreter(__file__, at_least=len(SHAPES) * len(CASES))
 
 
-@pytest.fixture(params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     with use_backend(latent_affinity="triton"):
         yield request.param

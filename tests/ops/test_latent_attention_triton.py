@@ -10,9 +10,7 @@ import math
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_interpreter import DEVICES, INTERPRETED, in_another_process, needs_triton, run_in_the_interpreter
 
 from m2mkd_fast.backend import use_backend
 from m2mkd_fast.nn.latent_attention import LatentAttention
 from m2mkd_fast.ops.latent_attention import latent_attention, latent_attention_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FUZZ_EXAMPLES = int(os.environ.get("M2MKD_FUZZ_EXAMPLES", "5" if INTERPRETED else "25"))
 # The interpreter is too slow to look for the smallest case that fails.
 PHASES = [phase for phase in Phase if phase != Phase.shrink or not INTERPRETED]
@@ -55,22 +53,17 @@ PUBLISHED = {
     "no affinities": (2, 4, 320, 1000, 64, 0),
 }
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-in_another_process = pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+pytestmark = needs_triton
 
 
 @in_another_process
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kernels_run_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "M2MKD_BACKEND": ""}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", ran.stdout).group(1)) >= len(SHAPES) + 20
+    run_in_the_interpreter(__file__, at_least=len(SHAPES) + 20)
 
 
-@pytest.fixture(params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -249,7 +242,7 @@ def test_latent_attention_triton_fuzz(data, device_of_fuzz):
     assert_as_exact_as_pytorch(tensors, log_affinity, grad_out, data.draw(st.booleans()), vanishing)
 
 
-@pytest.fixture(scope="session", params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="session", params=DEVICES)
 def device_of_fuzz(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -6,17 +6,13 @@ once more in a process of its own, where the tests below it get the device "cpu"
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_interpreter import DEVICES, INTERPRETED, in_another_process, needs_triton, run_in_the_interpreter
 from triton_resources import resource_usage
 
 from m2mkd_fast.backend import use_backend
@@ -24,7 +20,6 @@ from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.nn.latent_attention import LatentAttention
 from m2mkd_fast.ops.modulated_norm import modulated_norm, modulated_norm_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # batch, latents, width, scales, one scale for all latents
 SHAPES = {
@@ -45,21 +40,16 @@ PUBLISHED = {
     "most scales": (40, 3, 130, 8, False),
 }
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-in_another_process = pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+pytestmark = needs_triton
 
 
 @in_another_process
 @pytest.mark.slow
 def test_kernels_run_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "M2MKD_BACKEND": ""}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", ran.stdout).group(1)) >= len(SHAPES) * len(DTYPES)
+    run_in_the_interpreter(__file__, at_least=len(SHAPES) * len(DTYPES))
 
 
-@pytest.fixture(params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -6,11 +6,8 @@ once more in a process of its own, where the tests below it get the device "cpu"
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 import torch
 from read_in_attention_cases import NAMES, assert_as_exact_as_pytorch, everything, random_tensors
 from torch import Tensor
+from triton_interpreter import DEVICES, INTERPRETED, in_another_process, needs_triton, run_in_the_interpreter
 
 from m2mkd_fast.backend import use_backend
 from m2mkd_fast.errors import M2MKDError
@@ -25,7 +23,6 @@ from m2mkd_fast.nn.read_in_attention import ReadInAttention
 from m2mkd_fast.ops import read_in_attention as op_module
 from m2mkd_fast.ops.read_in_attention import read_in_attention, read_in_attention_reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # batch, heads, latents, head size, inputs, channels, one scale for all latents
 SHAPES = {
@@ -47,21 +44,16 @@ LARGE = {
 }
 SMALL = SHAPES["small"]
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-in_another_process = pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+pytestmark = needs_triton
 
 
 @in_another_process
 @pytest.mark.slow
 def test_kernels_run_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "M2MKD_BACKEND": ""}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", ran.stdout).group(1)) >= len(SHAPES) * len(DTYPES)
+    run_in_the_interpreter(__file__, at_least=len(SHAPES) * len(DTYPES))
 
 
-@pytest.fixture(params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
