@@ -1,4 +1,4 @@
-// Activations and their slopes, on arrays: values may be the arguments' own memory.
+// Activations and their slopes, of arrays.
 #pragma once
 
 #include <cmath>
@@ -50,16 +50,35 @@ ValueAndSlope<scalar_t> silu(scalar_t x) {
   return {x * logistic.plus, logistic.plus + x * (logistic.plus * logistic.minus)};
 }
 
-// Calls run with the function.
-template <typename scalar_t, typename Run>
-void with_phi(Phi phi, const Run& run) {
+template <typename scalar_t, typename Function>
+void activate_with(
+    const Function& function, const scalar_t* __restrict x, int64_t count, scalar_t* __restrict value) {
+  for (int64_t i = 0; i < count; ++i) {
+    value[i] = function(x[i]).value;
+  }
+}
+
+template <typename scalar_t, typename Function>
+void activate_with(
+    const Function& function, const scalar_t* __restrict x, int64_t count, scalar_t* __restrict value,
+    scalar_t* __restrict slope) {
+  for (int64_t i = 0; i < count; ++i) {
+    const auto found = function(x[i]);
+    value[i] = found.value;
+    slope[i] = found.slope;
+  }
+}
+
+// value[i] = phi(x[i]), and where `out` has one pointer more, slope[i] = phi'(x[i]).
+template <typename scalar_t, typename... Out>
+void activate(Phi phi, const scalar_t* x, int64_t count, Out*... out) {
   switch (phi) {
     case Phi::gelu:
-      return run([](scalar_t x) { return gelu(x); });
+      return activate_with([](scalar_t one) { return gelu(one); }, x, count, out...);
     case Phi::gelu_tanh:
-      return run([](scalar_t x) { return gelu_tanh(x); });
-    default:
-      return run([](scalar_t x) { return silu(x); });
+      return activate_with([](scalar_t one) { return gelu_tanh(one); }, x, count, out...);
+    case Phi::silu:
+      return activate_with([](scalar_t one) { return silu(one); }, x, count, out...);
   }
 }
 

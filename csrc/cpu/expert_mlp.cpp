@@ -394,7 +394,7 @@ void forward(const Problem& problem, stored_t* out, stored_t* preactivation) {
           x, token + segment.row + p * lanes, segment.template rows_of<scalar_t>(p), problem.width, inputs.of(i));
     });
 
-    const auto activate = [&](const Segment& segment, int64_t p, int64_t first, int64_t some, scalar_t* tile) {
+    const auto finish = [&](const Segment& segment, int64_t p, int64_t first, int64_t some, scalar_t* tile) {
       for (int64_t part = 0; part < 1 + problem.gated; ++part) {
         scalar_t* values = tile + part * round_up(some, kTileRows) * lanes;
         add_bias(up_bias == nullptr ? nullptr : up_bias + segment.expert * made + part * hidden + first, some, values);
@@ -408,11 +408,7 @@ void forward(const Problem& problem, stored_t* out, stored_t* preactivation) {
       scalar_t* __restrict to = hiddens.of(segment.panel + p) + first * lanes;
       const scalar_t* __restrict values = tile;
       const scalar_t* __restrict gates = tile + problem.gated * round_up(some, kTileRows) * lanes;
-      with_phi<scalar_t>(problem.phi, [&](auto phi) {
-        for (int64_t i = 0; i < some * lanes; ++i) {
-          to[i] = phi(gates[i]).value;
-        }
-      });
+      activate(problem.phi, gates, some * lanes, to);
       for (int64_t i = 0; problem.gated && i < some * lanes; ++i) {
         to[i] *= values[i];
       }
@@ -423,7 +419,7 @@ void forward(const Problem& problem, stored_t* out, stored_t* preactivation) {
     };
     multiply_experts<Rows>(
         round, Problem::of<stored_t>(problem.up_weight), made * problem.width, problem.width, 1 + problem.gated, hidden,
-        problem.width, inputs, desks, activate);
+        problem.width, inputs, desks, finish);
 
     const auto weigh = [&](const Segment& segment, int64_t p, int64_t first, int64_t some, scalar_t* tile) {
       add_bias(down_bias == nullptr ? nullptr : down_bias + segment.expert * problem.out + first, some, tile);
@@ -590,7 +586,7 @@ void backward(
       const int64_t panel = segment.panel + p, row = segment.row + p * lanes;
       const scalar_t* weight = panel_weights.data() + panel * lanes;
       scalar_t values[kGroup * lanes], gates[kGroup * lanes], slopes[kGroup * lanes];
-      scalar_t units[kGroup * lanes], factors[kGroup * lanes];
+      scalar_t made_gates[kGroup * lanes], units[kGroup * lanes], factors[kGroup * lanes];
       for (int64_t group = 0; group < some; group += kGroup) {
         const int64_t unit = first + group, number = std::min(kGroup, some - group), count = number * lanes;
         scalar_t* __restrict grad = tile + group * lanes;  // of hidden units, before the weights
@@ -600,15 +596,9 @@ void backward(
         scalar_t* __restrict grad_gates = grad_values + problem.gated * hidden * lanes;
         for (int64_t i = 0; i < count; ++i) {
           values[i] = widened(kept[i]);
-          gates[i] = widened(kept_gates[i]);
+          made_gates[i] = widened(kept_gates[i]);
         }
-        with_phi<scalar_t>(problem.phi, [&](auto phi) {
-          for (int64_t i = 0; i < count; ++i) {
-            const auto found = phi(gates[i]);
-            gates[i] = found.value;
-            slopes[i] = found.slope;
-          }
-        });
+        activate(problem.phi, made_gates, count, gates, slopes);
         for (int64_t i = 0; i < count; ++i) {
           units[i] = problem.gated ? values[i] * gates[i] : gates[i];
         }

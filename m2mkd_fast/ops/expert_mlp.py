@@ -411,7 +411,7 @@ class _ExpertMLP(torch.autograd.Function):
         gradients = backward(grad_out, *saved, *ctx.options, seed, needed[1], any(needed[3:7]))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Not `once_differentiable`: it lets a gradient pass as a constant where grad_out needs no gradient itself.
-            gradients = [_NotTwice.apply(gradient, *saved) for gradient in gradients]
+            gradients = [_NotTwice.apply(gradient, grad_out, *saved) for gradient in gradients]
         gradients = (gradient if need else None for gradient, need in zip(gradients, needed[1:7], strict=True))
         return None, *gradients, *(None,) * 8
 
