@@ -472,8 +472,8 @@ void multiply_tokens(
         stored_t* out = gradient + segment.expert * rows * columns;
         for (int64_t c = 0; c < columns; c += width) {
           for (int64_t r = first; r < stop; r += kTileRows) {
-            Vector<scalar_t> sum[kTileRows][2] = {};
-            add_panels(
+            Vector<scalar_t> sum[kTileRows][2];
+            multiply_panels_of_tokens(
                 left.of(segment.panel) + r * width, left.step, right.of(c, segment.panel), segment.panels, sum);
             const auto store = [&](auto number) {
 #pragma GCC unroll 8

@@ -86,6 +86,19 @@ struct Columns {
   }
 };
 
+// out [kTileRows][kPanel] = a packed tile . panel, or is increased by it.
+template <typename Left, typename scalar_t>
+void multiply_packed_tile(const scalar_t* left, const scalar_t* panel, int64_t inner, bool add, scalar_t* out) {
+  constexpr int64_t lanes = kLanes<scalar_t>;
+  Vector<scalar_t> sum[kTileRows][2] = {};
+  add_tile<Left::kRowStep, Left::kInnerStep>(left, panel, inner, sum);
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < kTileRows; ++r, out += 2 * lanes) {
+    vector_at(out) = add ? vector_at(out) + sum[r][0] : sum[r][0];
+    vector_at(out + lanes) = add ? vector_at(out + lanes) + sum[r][1] : sum[r][1];
+  }
+}
+
 // For each of `count` panels: tiles + p * parts * padded rows * kPanel = left . panel(p), padded rows being `rows`
 // rounded up to whole tiles; then finish(p, tile). The left matrix has `parts` times so many rows, `part_step` elements
 // apart. `packed` and `tiles` are memory to work in.
@@ -93,7 +106,7 @@ template <typename Left, typename stored_t, typename scalar_t, typename Panel, t
 void multiply_panels_by(
     const stored_t* left, int64_t stride, int64_t parts, int64_t part_step, int64_t rows, int64_t inner, int64_t count,
     const Panel& panel, scalar_t* packed, scalar_t* tiles, const Finish& finish) {
-  constexpr int64_t lanes = kLanes<scalar_t>, width = kPanel<scalar_t>;
+  constexpr int64_t width = kPanel<scalar_t>;
   const int64_t tiles_of_part = (rows + kTileRows - 1) / kTileRows, number = parts * tiles_of_part;
   int64_t first = 0;
   do {
@@ -107,14 +120,11 @@ void multiply_panels_by(
       const scalar_t* right = panel(p) + first * width;
       scalar_t* out = tiles + p * number * kTileRows * width;
       for (int64_t tile = 0; tile < number; ++tile) {
-        Vector<scalar_t> sum[kTileRows][2] = {};
-        add_tile<Left::kRowStep, Left::kInnerStep>(packed + tile * Left::kTileStep, right, some, sum);
-        scalar_t* to = out + tile * kTileRows * width;
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < kTileRows; ++r, to += width) {
-          vector_at(to) = first > 0 ? vector_at(to) + sum[r][0] : sum[r][0];
-          vector_at(to + lanes) = first > 0 ? vector_at(to + lanes) + sum[r][1] : sum[r][1];
-        }
+        // A function of its own: among other code compilers run out of registers and keep sums in memory.
+        with_best_instructions([&] {
+          multiply_packed_tile<Left>(
+              packed + tile * Left::kTileStep, right, some, first > 0, out + tile * kTileRows * width);
+        });
       }
       if (first + some == inner) {
         finish(p, out);
@@ -124,16 +134,21 @@ void multiply_panels_by(
   } while (first < inner);
 }
 
-// sum[r] += sum over panels p and their columns n of left[p](r, n) right[p][n]: the left panels `left_step` apart, the
+// sum[r] = sum over panels p and their columns n of left[p](r, n) right[p][n]: the left panels `left_step` apart, the
 // right ones, each kPanel rows of two vectors, side by side.
 template <typename scalar_t>
-void add_panels(
+void multiply_panels_of_tokens(
     const scalar_t* left, int64_t left_step, const scalar_t* right, int64_t panels,
     Vector<scalar_t> (&sum)[kTileRows][2]) {
   constexpr int64_t width = kPanel<scalar_t>;
-  for (int64_t p = 0; p < panels; ++p, left += left_step, right += width * width) {
-    add_tile<width, 1>(left, right, width, sum);
-  }
+  with_best_instructions([&] {
+    const scalar_t *from = left, *with = right;
+    Vector<scalar_t> total[kTileRows][2] = {};
+    for (int64_t p = 0, number = panels, step = left_step; p < number; ++p, from += step, with += width * width) {
+      add_tile<width, 1>(from, with, width, total);
+    }
+    std::copy(&total[0][0], &total[0][0] + 2 * kTileRows, &sum[0][0]);
+  });
 }
 
 }  // namespace m2mkd
