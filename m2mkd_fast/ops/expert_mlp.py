@@ -85,7 +85,7 @@ def expert_mlp(
         x, parameters = x.to(precision), tuple(None if p is None else p.to(precision) for p in parameters)
     if seed is None and any(dropout):
         seed = torch.randint(2**63 - 1, (), device=x.device)
-    backend = select_backend("expert_mlp", _reasons(x, *parameters))
+    backend = select_backend("expert_mlp", _reasons(x, assignment, parameters, activation))
     with without_autocast(x):
         if backend in ("reference", "torch"):
             compute = expert_mlp_reference if backend == "reference" else expert_mlp_torch
@@ -343,13 +343,31 @@ def _check(
         )
 
 
-def _reasons(x: Tensor, up_weight: Tensor, up_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None):
-    """PyTorch's products can always run, so nothing falls back on the reference."""
-    reasons = {"triton": _why_not_triton(x), "cpu": _why_not_cpu(x), "torch": None}
+def _reasons(
+    x: Tensor, assignment: Assignment, parameters: tuple[Tensor | None, ...], activation: Activation
+) -> dict[str, str | None]:
+    """Where there are values PyTorch's products can run, so that nothing falls back on the reference."""
+    up_weight, _, down_weight, _ = parameters
+    why_not_torch = "the input is on meta, where there are no offsets to read" if x.is_meta else None
+    reasons = {"triton": _why_not_triton(x), "cpu": _why_not_cpu(x), "torch": why_not_torch}
     grouped_or_sliced = not torch.compiler.is_compiling() or _grouped_products_fit(x, up_weight, down_weight)
-    if x.device.type == "cpu" and not _KERNEL_OUTDOES_LIBRARIES and grouped_or_sliced:
-        return dict(reversed(reasons.items()))
-    return reasons
+    if x.device.type == "cpu":
+        torch_first = not _KERNEL_OUTDOES_LIBRARIES and grouped_or_sliced
+    else:
+        torch_first = reasons["triton"] is None and _measured_faster_than_triton(x, assignment, down_weight, activation)
+    return dict(reversed(reasons.items())) if torch_first else reasons
+
+
+def _measured_faster_than_triton(
+    x: Tensor, assignment: Assignment, down_weight: Tensor, activation: Activation
+) -> bool:
+    # Neither a tracer nor a fake tensor, of a GPU that may not be there, can ask for the GPU's architecture.
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return False
+    from m2mkd_fast.kernels.expert_mlp import prefers_torch  # here, because it imports Triton
+
+    experts, outputs, hidden = down_weight.shape
+    return prefers_torch(x, assignment.token.shape[0], hidden, outputs, experts, activation in GATED)
 
 
 def _why_not_cpu(x: Tensor) -> str | None:

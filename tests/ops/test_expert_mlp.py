@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m2mkd_fast._extension import why_missing
 from m2mkd_fast.backend import use_backend
@@ -376,17 +379,44 @@ def test_assignments_that_point_elsewhere_are_refused(field: str, value: int, me
         expert_mlp(x, assignment._replace(**{field: broken}), *parameters)
 
 
+def test_shapes_come_from_the_meta_device() -> None:
+    x, assignment, parameters = inputs(capacity=4)
+    on_meta = [None if p is None else p.detach().to("meta") for p in parameters]
+    assignment = Assignment(*(tensor.detach().to("meta") for tensor in assignment))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert expert_mlp(x.detach().to("meta"), assignment, *on_meta).shape == (20, 12)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("faster", [False, True])
+def test_measured_table_chooses_on_a_gpu(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from m2mkd_fast.kernels import expert_mlp as kernels
+
+    x, assignment, parameters = inputs(dtype=torch.bfloat16)
+    asked = []
+    with FakeTensorMode():
+        on_gpu = torch.empty(x.shape, dtype=x.dtype, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "prefers_torch", lambda *sizes: asked.append(sizes) or faster)
+    reasons = op_module._reasons(on_gpu, assignment, parameters, "geglu")
+    able = [name for name, reason in reasons.items() if reason is None]
+    assert able == (["torch", "triton"] if faster else ["triton", "torch"])
+    assert asked == [(on_gpu, 40, 16, 12, 4, True)]
+
+
 def test_choice_of_the_backend_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the libraries know wider vectors than the kernel their products go first, unless compiled code would have
     to take the reference instead."""
-    x, _, (up, up_bias, down, down_bias) = inputs()
-    parameters = (up, up_bias, down, down_bias)
+    x, assignment, parameters = inputs()
     for outdoes, first in ((True, "cpu"), (False, "torch")):
         monkeypatch.setattr(op_module, "_KERNEL_OUTDOES_LIBRARIES", outdoes)
-        able = [name for name, reason in op_module._reasons(x, *parameters).items() if reason is None]
+        able = [
+            name for name, reason in op_module._reasons(x, assignment, parameters, "gelu").items() if reason is None
+        ]
         assert able == ([first, *({"cpu", "torch"} - {first})] if why_missing("_C") is None else ["torch"])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    able = [name for name, reason in op_module._reasons(x, *parameters).items() if reason is None]
+    able = [name for name, reason in op_module._reasons(x, assignment, parameters, "gelu").items() if reason is None]
     assert able == (["cpu", "torch"] if why_missing("_C") is None else ["torch"])
 
 
