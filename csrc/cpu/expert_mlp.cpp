@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     constexpr int64_t panel = kPanel<Compute<stored_t>>;
     check_shape(
         preactivation, {problem.rows / panel + problem.experts, problem.made, panel}, x.scalar_type(), "preactivation");
-    Gradients<stored_t> gradients{nullptr, nullptr, nullptr, nullptr, nullptr, grad_weight};
+    Gradients<stored_t> gradients{nullptr, nullptr, nullptr, nullptr, nullptr, grad_weight, need_parameters};
     const Tensor grad_x = torch::stable::new_empty(x, need_x ? x.sizes() : torch::headeronly::IntHeaderOnlyArrayRef{0});
     gradients.x = need_x ? static_cast<stored_t*>(grad_x.mutable_data_ptr()) : nullptr;
     found = {

@@ -28,6 +28,7 @@ template <typename stored_t>
 struct Gradients {
   stored_t *x, *up_weight, *up_bias, *down_weight, *down_bias;  // null where not needed
   Tensor weight;
+  bool parameters;  // whether theirs are; without elements they have no place in memory either
 };
 
 // A weight's gradient, sums over the tokens of a segment: gradient[e][r][c] = sum_n left[r][n] right[n][c], and of the
@@ -109,7 +110,7 @@ void backward(
   constexpr int64_t lanes = kPanel<scalar_t>;
   const std::vector<Round> rounds = rounds_of(problem, lanes);
   const int64_t panels = most_panels(rounds), hidden = problem.hidden, made = problem.made;
-  const bool parameters = gradients.up_weight != nullptr;
+  const bool parameters = gradients.parameters;
   const bool spread =
       std::any_of(rounds.begin(), rounds.end(), [](const Round& round) { return !round.segments.front().last; });
   const int64_t row_groups = (hidden + kGroup - 1) / kGroup;
@@ -136,14 +137,7 @@ void backward(
       const int64_t row = segment.row + p * lanes, some = segment.template rows_of<scalar_t>(p);
       scalar_t* grads = grad_outputs.of(i);
       gather_panel(grad_out, token + row, some, problem.out, grads);
-      if (problem.output_dropout.active()) {
-        scalar_t factors[kGroup * lanes];
-        for (int64_t first = 0; first < problem.out; first += kGroup) {
-          const int64_t count = std::min(kGroup, problem.out - first);
-          problem.output_dropout.factors(row, first, count, factors);
-          drop(factors, count * lanes, grads + first * lanes);
-        }
-      }
+      drop_outputs(problem, row, 0, problem.out, grads);
       scalar_t sums[lanes] = {};
       for (int64_t o = 0; down_bias != nullptr && o < problem.out; ++o) {
         const scalar_t number = widened(down_bias[segment.expert * problem.out + o]);

@@ -78,15 +78,8 @@ void forward(const Problem& problem, stored_t* out, stored_t* preactivation) {
 
     const auto weigh = [&](const Segment& segment, int64_t p, int64_t first, int64_t some, scalar_t* tile) {
       add_bias(down_bias == nullptr ? nullptr : down_bias + segment.expert * problem.out + first, some, tile);
-      if (problem.output_dropout.active()) {
-        scalar_t factors[kGroup * lanes];
-        for (int64_t group = 0; group < some; group += kGroup) {
-          const int64_t count = std::min(kGroup, some - group);
-          problem.output_dropout.factors(segment.row + p * lanes, first + group, count, factors);
-          drop(factors, count * lanes, tile + group * lanes);
-        }
-      }
       const int64_t row = segment.row + p * lanes, number = segment.template rows_of<scalar_t>(p);
+      drop_outputs(problem, row, first, some, tile);
       store_rows(tile, row, number, first, some, problem.out, rows.data(), weights.data() + row);
     };
     multiply_experts<Rows>(

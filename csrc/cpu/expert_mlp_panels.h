@@ -68,6 +68,21 @@ struct TurnedPanels {
   }
 };
 
+// Dropout of outputs first (whole groups from the first one) to first + some of the panel that starts at this row.
+template <typename scalar_t>
+void drop_outputs(const Problem& problem, int64_t row, int64_t first, int64_t some, scalar_t* values) {
+  if (!problem.output_dropout.active()) {
+    return;
+  }
+  constexpr int64_t lanes = kPanel<scalar_t>;
+  scalar_t factors[kGroup * lanes];
+  for (int64_t group = 0; group < some; group += kGroup) {
+    const int64_t count = std::min(kGroup, some - group);
+    problem.output_dropout.factors(row, first + group, count, factors);
+    drop(factors, count * lanes, values + group * lanes);
+  }
+}
+
 // panel[c][lane] = row lane's number c; zeros in the lanes of missing rows.
 template <typename stored_t, typename scalar_t>
 void gather_panel(

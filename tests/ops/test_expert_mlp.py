@@ -388,6 +388,15 @@ def test_shapes_come_from_the_meta_device() -> None:
         assert expert_mlp(x.detach().to("meta"), assignment, *on_meta).shape == (20, 12)
 
 
+@pytest.mark.parametrize("sizes", [{"width": 0}, {"hidden": 0}], ids=str)
+def test_widths_of_zero(sizes: dict[str, int]) -> None:
+    """Nothing is left but biases."""
+    given = inputs(**sizes)
+    with use_backend(expert_mlp="reference"):
+        wanted = values_and_gradients(expert_mlp, given)
+    assert_same(values_and_gradients(expert_mlp, given), wanted)
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("faster", [False, True])
 def test_measured_table_chooses_on_a_gpu(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
