@@ -19,7 +19,14 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_interpreter import DEVICES, INTERPRETED, in_another_process, needs_triton, run_in_the_interpreter
+from triton_interpreter import (
+    DEVICES,
+    INTERPRETED,
+    as_a_gpu_does,
+    in_another_process,
+    needs_triton,
+    run_in_the_interpreter,
+)
 
 from m2mkd_fast.backend import use_backend
 from m2mkd_fast.nn.latent_attention import LatentAttention
@@ -70,38 +77,13 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter() -> Iterator[None]:
-    """Large tiles, for the interpreter's time goes into their number; and bfloat16 as a GPU does it.
-
-    The interpreter keeps bfloat16 as the integers of their bits. It multiplies those integers, and cuts off what does
-    not fit into a bfloat16 instead of rounding it.
-    """
+    """Large tiles, for the interpreter's time goes into their number; and bfloat16 as a GPU does it."""
     if not INTERPRETED:
         yield
         return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
     from m2mkd_fast.kernels import latent_attention as kernels
 
-    cast, multiply = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def rounding_cast(self: InterpreterBuilder, source: TensorHandle, to: tl.dtype) -> TensorHandle:
-        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
-            return cast(self, source, to)
-        bits = torch.from_numpy(source.data).to(torch.bfloat16).view(torch.uint16)
-        return TensorHandle(bits.numpy(), tl.bfloat16)
-
-    def widened(handle: TensorHandle) -> TensorHandle:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
-
-    def real_product(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *others: Any) -> TensorHandle:
-        return multiply(self, widened(a), widened(b), *others)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
-        patch.setattr(InterpreterBuilder, "create_dot", real_product)
+    with as_a_gpu_does(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_TILES", dict.fromkeys(kernels._TILES, kernels._TILES[True, True, False]))
         yield
 
