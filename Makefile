@@ -3,7 +3,8 @@
 #   make demo       teacher -> modules -> student on two small data sets, with a report
 #   make test       all tests but the slow ones;  make test-slow  those;  make gates  speed and import-time limits;  make lint
 #   make bench      all benchmarks, as JSON in $(OUT); BENCHES="bench_route bench_nac" for some of them
-#   make gpu-check  on a machine with a GPU, with the python3 that is there: build in place, GPU tests, gpu-bench
+#   make gpu-check  on a machine with a GPU, with the python3 that is there: gpu-test, then gpu-bench
+#   make gpu-test   build in place and run the GPU tests; GPU_TESTS=tests/ops/test_route.py for some of them
 #   make gpu-bench  the benchmarks alone, at most BENCH_SECONDS together, those of BENCHES in their order
 #   make wheel      wheel and source distribution in dist/
 #   make soak       the property tests, many times longer
@@ -17,13 +18,14 @@ SOAK_EXAMPLES ?= 5000
 FIRST_BENCHES := bench_expert_mlp bench_vision_moe bench_route
 BENCHES ?= $(FIRST_BENCHES) $(filter-out $(FIRST_BENCHES),$(basename $(notdir $(sort $(wildcard benchmarks/bench_*.py)))))
 BENCH_SECONDS ?= 540
+GPU_TESTS ?= $(shell grep -rl 'mark\.gpu' tests --include='test_*.py')
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-slow gates bench gpu-check gpu-bench lint wheel soak clean
+.PHONY: demo test test-slow gates bench gpu-check gpu-test gpu-bench lint wheel soak clean
 
 demo: $(STAMP)
 	$(BIN)/m2mkd run configs/digits_vmoe.yaml --jobs $(JOBS)
@@ -46,12 +48,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-gpu-check:
+gpu-check: gpu-test
+	$(MAKE) gpu-bench
+
+gpu-test:
 	mkdir -p $(OUT)
 	TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} M2MKD_BUILD_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m m2mkd_fast.info | tee $(OUT)/info.txt
-	PYTHONPATH=. M2MKD_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu -p no:cacheprovider $$(grep -rl 'mark\.gpu' tests)
-	$(MAKE) gpu-bench
+	PYTHONPATH=. M2MKD_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu -p no:cacheprovider $(GPU_TESTS)
 
 gpu-bench:
 	mkdir -p $(OUT)
