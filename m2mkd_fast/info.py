@@ -55,7 +55,7 @@ def backends_of(op: str) -> list[str]:
         if torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     ]
     has_triton = find_spec("triton") is not None and (Path(__file__).parent / "kernels" / f"{op}.py").is_file()
-    arranged = ["torch"] if '"torch": None' in (Path(__file__).parent / "ops" / f"{op}.py").read_text() else []
+    arranged = ["torch"] if '"torch": ' in (Path(__file__).parent / "ops" / f"{op}.py").read_text() else []
     return ["reference", *arranged, *compiled, *(["triton"] if has_triton else [])]
 
 

@@ -126,6 +126,8 @@ def test_info_names_versions_modules_and_backends(capsys, monkeypatch):
     assert found["operators"]["route"][0] == "reference"
     assert ("cpu" in found["operators"]["route"]) == (found["modules"]["_C"] == "loaded")
     assert ("cuda" in found["operators"]["route"]) == (found["modules"]["_C_cuda"] == "loaded")
+    arranged = {op for op, backends in found["operators"].items() if "torch" in backends}
+    assert arranged == {"expert_mlp", "read_in_attention"}
     monkeypatch.setattr(sys, "argv", ["info"])
     info.main()
     text = capsys.readouterr().out
