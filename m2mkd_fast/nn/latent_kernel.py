@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.ops.latent_affinity import latent_affinity, signature_distance
+from m2mkd_fast.ops.philox import draw_seed
 
 EVALUATIONS = ("no_sample", "sample", "threshold")
 TRUNCATIONS = ("direct", "masked")
@@ -86,7 +87,7 @@ class DotProductKernel(nn.Module):
         if not self.samples:
             return self.unsampled(distance, normalize)
         # The seed stays on the device: to read it here would wait for all that the device has still to do.
-        seed = torch.randint(2**63 - 1, (), device=distance.device)
+        seed = draw_seed(distance.device)
         return self._log_affinity(
             distance,
             samples=batch_size,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from m2mkd_fast.autocast import without_autocast
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.ops.philox import draw_seed
 from m2mkd_fast.ops.route import LOSSES, Assignment, Gate, capacity_of, route
 
 # What the published models set, as keyword arguments of `Router` and `VisionMoE`.
@@ -132,7 +133,7 @@ class Router(nn.Module):
             noise = noise * noise_std
         elif self.training and noise_std > 0:
             # A seed rather than the noise: the operator draws it where it is used.
-            seed = torch.randint(2**63 - 1, (), device=logits.device)
+            seed = draw_seed(logits.device)
         wanted = [name for name in LOSSES if self.training and self.loss_weights[name]]
         assignment = route(
             logits,

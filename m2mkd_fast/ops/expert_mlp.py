@@ -15,7 +15,7 @@ from m2mkd_fast._extension import load, why_missing
 from m2mkd_fast.autocast import autocast_dtype, without_autocast
 from m2mkd_fast.backend import device_reason, select_backend, triton_reason
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
-from m2mkd_fast.ops.philox import philox_keep
+from m2mkd_fast.ops.philox import check_seed, draw_seed, philox_keep
 from m2mkd_fast.ops.route import Assignment
 
 Activation = Literal["gelu", "gelu_tanh", "geglu", "swiglu"]
@@ -84,7 +84,7 @@ def expert_mlp(
     if precision is not None:
         x, parameters = x.to(precision), tuple(None if p is None else p.to(precision) for p in parameters)
     if seed is None and any(dropout):
-        seed = torch.randint(2**63 - 1, (), device=x.device)
+        seed = draw_seed(x.device)
     backend = select_backend("expert_mlp", _reasons(x, assignment, parameters, activation))
     with without_autocast(x):
         if backend in ("reference", "torch"):
@@ -336,11 +336,8 @@ def _check(
             raise M2MKDError(
                 f"{name} is {tensor.dtype} but x is {x.dtype}; convert one of them, or run under torch.autocast"
             )
-    if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != x.device):
-        raise M2MKDError(
-            f"seed has shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device}; "
-            f"expected one int64 number on {x.device}"
-        )
+    if seed is not None:
+        check_seed(seed, x.device)
 
 
 def _reasons(

@@ -13,7 +13,7 @@ from m2mkd_fast._extension import why_missing
 from m2mkd_fast.autocast import without_autocast
 from m2mkd_fast.backend import device_reason, select_backend, triton_reason
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
-from m2mkd_fast.ops.philox import philox_uniform
+from m2mkd_fast.ops.philox import check_seed, philox_uniform
 
 TruncationImplementation = Literal["direct", "masked"]
 
@@ -216,11 +216,7 @@ def _checked_samples(
         return uniform.shape[0]
     if samples < 0:
         raise M2MKDError(f"samples is {samples}; it must not be negative")
-    if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != distance.device:
-        raise M2MKDError(
-            f"seed has shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device}; "
-            f"expected one int64 number on {distance.device}"
-        )
+    check_seed(seed, distance.device)
     return samples
 
 

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from m2mkd_fast.errors import M2MKDError
+
 _WORD = 0xFFFFFFFF
 
 
@@ -23,6 +25,19 @@ def philox4x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, ...]) -> tuple
         c2, c3 = ((left >> 32) & _WORD) ^ c3 ^ key[1], left & _WORD
         key = ((key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD)
     return c0, c1, c2, c3
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from the device's own generator, without waiting for it: ``torch.manual_seed`` reproduces it."""
+    return torch.randint(2**63 - 1, (), device=device)
+
+
+def check_seed(seed: Tensor, device: torch.device) -> None:
+    """Raise M2MKDError unless the seed is one int64 number on the device."""
+    if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
+        raise M2MKDError(
+            f"seed has shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device}; expected one int64 number on {device}"
+        )
 
 
 def philox_words(seed: Tensor, count: int, first: int = 0) -> Tensor:

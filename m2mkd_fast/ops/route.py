@@ -13,7 +13,7 @@ from m2mkd_fast._extension import why_missing
 from m2mkd_fast.backend import device_reason, select_backend
 from m2mkd_fast.checks import is_debugging, require_finite
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
-from m2mkd_fast.ops.philox import philox_normal
+from m2mkd_fast.ops.philox import check_seed, philox_normal
 from m2mkd_fast.ops.routing_losses import gshard_loss, importance_loss, load_loss, router_z_loss
 
 Gate = Literal["softmax_top_k", "top_k_softmax", "sigmoid", "experts_choose"]
@@ -354,11 +354,7 @@ def _check_noise_and_losses(
     if seed is not None:
         if noise is not None:
             raise M2MKDError("noise and seed are two sources of noise; give one of them")
-        if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != logits.device:
-            raise M2MKDError(
-                f"seed has shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device}; "
-                f"expected one int64 number on {logits.device}"
-            )
+        check_seed(seed, logits.device)
         if noise_std == 0:
             raise M2MKDError("noise_std is 0, so seed would draw no noise: set noise_std above 0, or leave seed out")
     elif noise is None and noise_std > 0:
