@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
-from m2mkd_fast.nn.stitch import Stitch
+from m2mkd_fast.models.stage import Stage
+from m2mkd_fast.nn.cut import Cut
 
 # Everything a VisionTransformer holds beside its blocks, in the order of the published state dicts. What is on neither
 # list has no known place in a stage, and a model that has such a thing is refused instead of being cut wrongly.
@@ -37,7 +38,7 @@ def check_supported(model: nn.Module) -> None:
         raise M2MKDError(f"cannot cut a {name} into modules: no known place for its {', '.join(strange)}; {remedy}")
 
 
-class TransformerStage(VisionTransformer):
+class TransformerStage(Stage, VisionTransformer):
     """Blocks `start` to `stop` (exclusive) of a Vision Transformer, as a view: its parameters are the model's own.
 
     The first stage also owns the patch embedding, the class, register and distillation tokens, the position embedding
@@ -61,6 +62,7 @@ class TransformerStage(VisionTransformer):
         image_shape: (channels, height, width) of the whole model's images.
         num_classes: classes of the whole model.
         tokens: N, or None where it varies (dynamic image size, patch dropout).
+        grid_size: rows and columns of the patches, at the image size of `image_shape`.
     """
 
     def __init__(self, model: VisionTransformer, start: int, stop: int) -> None:
@@ -83,6 +85,7 @@ class TransformerStage(VisionTransformer):
         self.image_shape = (model.in_chans, *model.patch_embed.img_size)
         varying = model.dynamic_img_size or isinstance(model.patch_drop, PatchDropout)
         self.tokens = None if varying else model.patch_embed.num_patches + model.num_prefix_tokens
+        self.grid_size = model.patch_embed.grid_size
         self.pre_stitch: nn.Module | None = None
         self.post_stitch: nn.Module | None = None
 
@@ -112,47 +115,22 @@ class TransformerStage(VisionTransformer):
         return len(self.blocks)
 
     @property
-    def in_width(self) -> int | None:
-        """Width of the tokens the stage reads, None where it reads images."""
-        if self.is_first:
-            return None
-        stitch = self._stitch_owner(0).pre_stitch
-        return self.embed_dim if stitch is None else stitch.in_features
+    def bare_in_cut(self) -> Cut | None:
+        """What the blocks read; None where the stage reads images."""
+        return None if self.is_first else self._cut
 
     @property
-    def out_width(self) -> int | None:
-        """Width of the tokens the stage gives, None where it gives logits."""
-        if self.is_last:
-            return None
-        stitch = self._stitch_owner(-1).post_stitch
-        return self.embed_dim if stitch is None else stitch.out_features
+    def bare_out_cut(self) -> Cut | None:
+        """What the blocks give; None where the stage gives logits."""
+        return None if self.is_last else self._cut
 
-    def attach_stitches(self, pre_width: int | None, post_width: int | None) -> None:
-        """Add trainable stitches: from `pre_width` to the stage's width before the blocks, and to `post_width` after.
+    @property
+    def _cut(self) -> Cut:
+        grid = None if self.tokens is None else self.grid_size
+        return Cut(self.embed_dim, "tokens", grid, self.num_prefix_tokens)
 
-        None leaves that side as it is. Blocks made for stitches (V-MoE's, which have the attributes `pre_stitch` and
-        `post_stitch`) get them inside, as published; otherwise they belong to the stage. The stitches have the device
-        and dtype of the stage. A block inside a view is the model's block, so attach stitches to an independent copy
-        (`copy.deepcopy`) unless the model is meant to have them too.
-
-        Raises:
-            M2MKDError: a stitch before the first stage or after the last one, or where there is one already.
-        """
-        for side, width, allowed in (("pre", pre_width, not self.is_first), ("post", post_width, not self.is_last)):
-            if width is None:
-                continue
-            owner = self._stitch_owner(0 if side == "pre" else -1)
-            if not allowed:
-                place = "first stage reads images" if side == "pre" else "last stage gives logits"
-                raise M2MKDError(f"no {side}-stitch of width {width} here: the {place}; pass None for that side")
-            if getattr(owner, f"{side}_stitch") is not None:
-                raise M2MKDError(f"the stage has a {side}-stitch already; attach stitches to a fresh stage")
-            like = next(self.blocks.parameters())
-            stitch = Stitch(width, self.embed_dim) if side == "pre" else Stitch(self.embed_dim, width)
-            setattr(owner, f"{side}_stitch", stitch.to(like.device, like.dtype).train(self.training))
-
-    def _stitch_owner(self, position: int) -> nn.Module:
-        block = self.blocks[position]
+    def _stitch_owner(self, side: str) -> nn.Module:
+        block = self.blocks[0 if side == "pre" else -1]
         return block if hasattr(block, "pre_stitch") else self
 
     def fresh(self, depth: int, start: int) -> TransformerStage:

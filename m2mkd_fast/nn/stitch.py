@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.nn.cut import Cut, rearrange
+
 
 class Stitch(nn.Module):
     """Layer normalisation, then a linear map: `y = W · LayerNorm(x) + b`.
 
-    Shapes: `x [..., in_features]` to `y [..., out_features]`.
+    Shapes: `x [..., in_features]` to `y [..., out_features]`. With `source` and `target` x is in the source's layout
+    and y in the target's: `rearrange` first, then norm and map along the features.
 
     The layer norm's epsilon is 1e-5 and the linear map starts from a truncated normal of standard deviation 0.02 with a
     zero bias, as in the published V-MoE students of m2mKD (arXiv 2402.16918). State names: `ln.*`, `fc.*`.
+
+    Raises:
+        M2MKDError: one of the two cuts alone, or cuts of other widths.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, source: Cut | None = None, target: Cut | None = None
+    ) -> None:
         super().__init__()
+        if (source is None) != (target is None):
+            raise M2MKDError(f"a stitch from {source} to {target}: give both cuts, or neither")
+        if source is not None and (source.width, target.width) != (in_features, out_features):
+            raise M2MKDError(f"a stitch of widths {in_features} -> {out_features} between {source} and {target}")
         self.in_features = in_features
         self.out_features = out_features
+        self.source = source
+        self.target = target
         self.ln = nn.LayerNorm(in_features)
         self.fc = nn.Linear(in_features, out_features)
         self.reset_parameters()
@@ -29,7 +44,12 @@ class Stitch(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.source is None:
+            return self.fc(self.ln(x))
+        x = rearrange(x, self.source, self.target)
+        if self.target.layout == "channels_first":
+            return self.fc(self.ln(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return self.fc(self.ln(x))
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}"
+        return f"{self.source or self.in_features} -> {self.target or self.out_features}"
