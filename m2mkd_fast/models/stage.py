@@ -11,17 +11,19 @@ from m2mkd_fast.nn.stitch import Stitch
 
 
 class Stage:
-    """Base of the stages that `split` makes, beside nn.Module.
+    """Base of the modules of a chain, beside nn.Module: the stages that `split` makes, the students of a circuit.
 
     A subclass has the attributes `is_first`, `is_last`, `pre_stitch` and `post_stitch` (None without), says in
     `bare_in_cut` and `bare_out_cut` what its units read and give, and applies the stitches before and after the units.
 
     Attributes:
+        stitch_class: the kind of stitches the stage has.
         bare_in_cut: what the units read; None where they read images.
         bare_out_cut: what the units give; None where they give logits.
         is_first, is_last: whether the stage reads images, and whether it gives logits.
     """
 
+    stitch_class: type[nn.Module] = Stitch
     bare_in_cut: Cut | None
     bare_out_cut: Cut | None
     is_first: bool
@@ -76,7 +78,7 @@ class Stage:
             if getattr(owner, f"{side}_stitch") is not None:
                 raise M2MKDError(f"the stage has a {side}-stitch already; attach stitches to a fresh stage")
             source, target = (cut, self.bare_in_cut) if side == "pre" else (self.bare_out_cut, cut)
-            stitch = Stitch(source.width, target.width, source, target)
+            stitch = self.stitch_class(source.width, target.width, source, target)
             like = self._like()
             setattr(owner, f"{side}_stitch", stitch.to(like.device, like.dtype).train(self.training))
 

@@ -56,8 +56,8 @@ def assemble(
         allow_unexpected: shell patterns of names in a module that need no place in `into`.
 
     Raises:
-        M2MKDError: modules out of order; missing, unexpected or misshapen tensors, each named with its slot; `into`
-            missing or given in the wrong place.
+        M2MKDError: modules out of order; missing, unexpected or misshapen tensors, each named with its slot; a tensor
+            of `into` that several modules hold with different values; `into` missing or given in the wrong place.
     """
     if stitches not in ("kept", "dropped"):
         raise M2MKDError(f"stitches are {stitches!r}; say 'kept' or 'dropped'")
@@ -77,18 +77,18 @@ def assemble(
         allow_missing = allow_unexpected = ("*",)
     if hasattr(into, "module_key"):
         return _into_circuit(modules, into, tuple(allow_missing), tuple(allow_unexpected))
-    return _into_transformer(modules, into, tuple(allow_missing), tuple(allow_unexpected))
+    return _into_stages(modules, into, tuple(allow_missing), tuple(allow_unexpected))
 
 
-def _into_transformer(
+def _into_stages(
     modules: Sequence[nn.Module], into: nn.Module, allow_missing: tuple[str, ...], allow_unexpected: tuple[str, ...]
 ) -> Assembly:
     for i, module in enumerate(modules):
-        if not hasattr(module, "blocks"):
+        if not hasattr(module, "depth"):
             raise M2MKDError(
                 f"module {i} is a {type(module).__name__}, which has no blocks for a {type(into).__name__}"
             )
-    chain = split(into, [len(module.blocks) for module in modules])
+    chain = split(into, [module.depth for module in modules])
     full = into.state_dict(keep_vars=True)
     full_names: dict[int, list[str]] = {}
     for name, tensor in full.items():
@@ -96,6 +96,7 @@ def _into_transformer(
     moved: dict[str, Tensor] = {}
     origins = dict.fromkeys(full, "initial")
     unexpected: list[tuple[str, Tensor]] = []
+    disagreeing: list[str] = []
     for i, (module, view) in enumerate(zip(modules, chain, strict=True)):
         places = view.state_dict(keep_vars=True)
         for key, tensor in module.state_dict().items():
@@ -105,8 +106,17 @@ def _into_transformer(
                 unexpected.append((f"slot {i}: {key}", tensor))
                 continue
             for name in full_names[id(places[key])]:
+                if name in moved and not torch.equal(moved[name], tensor):
+                    disagreeing.append(f"{name} ({origins[name]} and slot {i}: {key})")
                 moved[name] = tensor
                 origins[name] = f"slot {i}: {key}"
+    if disagreeing:
+        raise M2MKDError(
+            f"several slots hold one tensor of the {type(into).__name__}, with different values: "
+            + "; ".join(disagreeing)
+            + ". Taught apart, they have grown apart: keep the stitches (a chain holds each slot's own), freeze these "
+            "tensors while the modules are taught, or cut the model where no tensor is shared"
+        )
     return _loaded(into, moved, origins, unexpected, allow_missing, allow_unexpected)
 
 

@@ -7,33 +7,37 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.nn.cut import Cut
 
 
-def in_width(module: nn.Module) -> int | None:
-    """Width of the tokens that a module reads; None for one that reads images, or does not say."""
-    return _width(module, "in_width", "pre_stitch", "in_features")
+def in_cut(module: nn.Module) -> Cut | None:
+    """What a module reads; None for one that reads images, or does not say."""
+    return _cut(module, "in", "pre_stitch", "in_features")
 
 
-def out_width(module: nn.Module) -> int | None:
-    """Width of the tokens that a module gives; None for one that gives logits, or does not say."""
-    return _width(module, "out_width", "post_stitch", "out_features")
+def out_cut(module: nn.Module) -> Cut | None:
+    """What a module gives; None for one that gives logits, or does not say."""
+    return _cut(module, "out", "post_stitch", "out_features")
 
 
-def _width(module: nn.Module, attribute: str, stitch_name: str, stitch_attribute: str) -> int | None:
-    if hasattr(module, attribute):
-        return getattr(module, attribute)
-    return getattr(getattr(module, stitch_name, None), stitch_attribute, None)
+def _cut(module: nn.Module, side: str, stitch_name: str, stitch_attribute: str) -> Cut | None:
+    """From the module's `in_cut`, else from a width alone: tokens whose number and grid are taken as they come."""
+    if hasattr(module, f"{side}_cut"):
+        return getattr(module, f"{side}_cut")
+    stitch = getattr(module, stitch_name, None)
+    width = getattr(module, f"{side}_width", getattr(stitch, stitch_attribute, None))
+    return None if width is None else Cut(width)
 
 
 class ModuleChain(nn.Module):
     """Modules 0 ... L-1 in a row: `forward(x) = stages[L-1](... stages[0](x))`.
 
-    Shapes: images `[B, C, H, W]` in, tokens `[B, N, D_i]` at cut i (between modules i and i+1), logits `[B, classes]`
-    out. Modules are counted from 0; a negative index is an error, because "the last module" means another module as
+    Shapes: images `[B, C, H, W]` in, features as `cuts[i]` says between modules i and i+1, logits `[B, classes]` out.
+    Modules are counted from 0; a negative index is an error, because "the last module" means another module as
     soon as the chain is cut differently.
 
     Modules are held, not copied: two chains may share one. The constructor raises M2MKDError for an empty chain and for
-    neighbours whose widths differ.
+    neighbours that do not read what they are given (another width, layout or grid).
     """
 
     def __init__(self, stages: Iterable[nn.Module]) -> None:
@@ -42,11 +46,11 @@ class ModuleChain(nn.Module):
         if not self.stages:
             raise M2MKDError("a chain needs at least one module, none was given")
         for i in range(len(self) - 1):
-            given, read = out_width(self.stages[i]), in_width(self.stages[i + 1])
-            if given is not None and read is not None and given != read:
+            given, read = out_cut(self.stages[i]), in_cut(self.stages[i + 1])
+            if given is not None and read is not None and not given.agrees_with(read):
                 raise M2MKDError(
-                    f"module {i} gives tokens of width {given}, module {i + 1} reads width {read}; stitches between "
-                    "both widths are made by `student_modules(model, parts, cut_widths)`"
+                    f"module {i} gives {given}, module {i + 1} reads {read}; stitches between them are made by "
+                    "`student_modules(model, parts, cuts)`"
                 )
 
     def __len__(self) -> int:
@@ -84,24 +88,28 @@ class ModuleChain(nn.Module):
         return self.run(x)
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Width of the tokens at each of the L-1 cuts."""
-        widths = []
+    def cuts(self) -> tuple[Cut, ...]:
+        """What passes between the modules, at each of the L-1 cuts."""
+        cuts = []
         for i in range(len(self) - 1):
-            given = out_width(self.stages[i])
-            width = in_width(self.stages[i + 1]) if given is None else given
-            if width is None:
+            sides = [cut for cut in (out_cut(self.stages[i]), in_cut(self.stages[i + 1])) if cut is not None]
+            if not sides:
                 raise M2MKDError(
-                    f"neither module {i} nor module {i + 1} says the width between them; give one an attribute "
-                    "`out_width` or `in_width`"
+                    f"neither module {i} nor module {i + 1} says what passes between them; give one an attribute "
+                    "`out_cut` or `in_cut`"
                 )
-            widths.append(width)
-        return tuple(widths)
+            cuts.append(next((cut for cut in sides if cut.grid is not None), sides[0]))
+        return tuple(cuts)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of the features at each of the L-1 cuts."""
+        return tuple(cut.width for cut in self.cuts)
 
     @property
     def tokens(self) -> tuple[int | None, ...]:
-        """Number of tokens at each of the L-1 cuts, None where the module before the cut does not say."""
-        return tuple(getattr(stage, "tokens", None) for stage in list(self.stages)[:-1])
+        """Number of positions at each of the L-1 cuts, None where it is not known."""
+        return tuple(cut.tokens for cut in self.cuts)
 
     @property
     def num_classes(self) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from m2mkd_fast.errors import M2MKDError
-from m2mkd_fast.modules.chain import ModuleChain, in_width, out_width
+from m2mkd_fast.modules.chain import ModuleChain, in_cut, out_cut
+from m2mkd_fast.nn.cut import Cut
 
 
 def meta_model(chain: ModuleChain, depth: int | Sequence[int] = 1) -> ModuleChain:
@@ -43,7 +44,7 @@ def hybrid(meta: ModuleChain, index: int, module: nn.Module) -> ModuleChain:
     """The meta model with module `index` replaced: `M[L-1] ... M[index+1] · module · M[index-1] ... M[0]`.
 
     All modules are shared with the arguments, not copied. Raises M2MKDError where the module was made for another slot,
-    or its widths or classes are not those of the slot.
+    or what it reads or gives (width, layout, grid, classes) is not what the slot does.
     """
     meta.check_index(index)
     problems = _slot_problems(meta, index, module, "the module")
@@ -55,7 +56,7 @@ def hybrid(meta: ModuleChain, index: int, module: nn.Module) -> ModuleChain:
 def check_compatible(teacher: ModuleChain, meta: ModuleChain, students: Sequence[nn.Module]) -> None:
     """Raise one M2MKDError that lists everything that does not fit between teacher, meta model and student modules.
 
-    Checked: the number of modules, the widths at each cut, the slot each module was made for, the number of classes,
+    Checked: the number of modules, width, layout and grid at each cut, the slot each module was made for, the number of classes,
     and the image geometry. Nothing is computed, so this comes before any training.
     """
     problems = []
@@ -78,12 +79,13 @@ def _slot_problems(meta: ModuleChain, index: int, module: nn.Module, what: str) 
     if slot is not None and slot != index:
         problems.append(f"{what} was made for slot {slot}, not for slot {index}")
     place = meta[index]
-    for side, width in (("reads", in_width), ("gives", out_width)):
-        # The ends of the chain have no width: images come in, logits go out.
-        if width(module) != width(place):
+    for side, cut in (("reads", in_cut), ("gives", out_cut)):
+        # The ends of the chain have no cut: images come in, logits go out.
+        theirs, ours = cut(module), cut(place)
+        if (theirs is None) != (ours is None) or (ours is not None and not theirs.agrees_with(ours)):
             problems.append(
-                f"{what} {side} {_described(width(module), side)} where the meta model's module {index} {side} "
-                f"{_described(width(place), side)} (the student's stitches take `cut_widths=meta.widths`)"
+                f"{what} {side} {_described(theirs, side)} where the meta model's module {index} {side} "
+                f"{_described(ours, side)} (the student's stitches take `meta.cuts`)"
             )
     facts = []
     if index == 0:
@@ -102,7 +104,7 @@ def _comparable(value: int | Sequence[int]) -> int | tuple[int, ...]:
     return value if isinstance(value, int) else tuple(value)
 
 
-def _described(width: int | None, side: str) -> str:
-    if width is not None:
-        return f"tokens of width {width}"
+def _described(cut: Cut | None, side: str) -> str:
+    if cut is not None:
+        return str(cut)
     return "images" if side == "reads" else "logits"

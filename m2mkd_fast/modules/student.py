@@ -1,4 +1,4 @@
-"""Student modules: independent copies of a student's parts, stitched to the widths of the meta model."""
+"""Student modules: independent copies of a student's parts, stitched to what passes between the meta model's."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from collections.abc import Sequence
 from torch import nn
 
 from m2mkd_fast.errors import M2MKDError
-from m2mkd_fast.modules.split import Parts, resolve_depths, split
+from m2mkd_fast.modules.split import Parts, split
+from m2mkd_fast.nn.cut import Cut
 
 
 def student_modules(
-    model: nn.Module, parts: Parts | None, cut_widths: Sequence[int], *, tokens: int = 1
+    model: nn.Module, parts: Parts | None, cuts: Sequence[Cut | int], *, tokens: int = 1
 ) -> list[nn.Module]:
-    """The modules of a student, each of which fits a slot of a meta model with `cut_widths` between its slots.
+    """The modules of a student, each of which fits a slot of a meta model with `cuts` between its slots.
 
-    Module i is an independent deep copy of part i of the model with a stitch from `cut_widths[i-1]` before it and one
-    to `cut_widths[i]` after it; the first has no stitch before it, the last none after. `assemble` puts them together
-    again.
+    Module i is an independent deep copy of part i of the model with a stitch from `cuts[i-1]` before it and one to
+    `cuts[i]` after it; the first has no stitch before it, the last none after. A stitch lays the features out anew where
+    the student's layout, grid or prefix tokens are others than the teacher's (`nn.cut.rearrange`). `assemble` puts the
+    modules together again.
 
     Args:
-        model: a Vision Transformer or V-MoE, or a Neural Attentive Circuit.
+        model: a model that `split` can cut (Vision Transformer, V-MoE, ...), or a Neural Attentive Circuit.
         parts: as in `split`. None for a circuit, whose modules are given: read-in, one for each propagator, read-out.
-        cut_widths: widths at the L-1 cuts of the meta model (`meta.widths`).
+        cuts: what passes at the L-1 cuts of the meta model (`meta.cuts`). A number is tokens of that width, whose
+            number and grid are taken as they come.
         tokens: latents that a circuit's read-in gives to the meta model: 1 as published, the teacher's number of tokens
             for a loss that compares features.
 
     Raises:
-        M2MKDError: the number of parts is not `len(cut_widths) + 1`, or the model is of another kind.
+        M2MKDError: the number of parts is not `len(cuts) + 1`, or the model is of another kind.
     """
     if hasattr(model, "module_key"):
         from m2mkd_fast.models.nac.student import student_modules as circuit_modules
@@ -37,29 +40,29 @@ def student_modules(
             raise M2MKDError(
                 f"parts {parts!r} given for a circuit, whose modules are given by its propagators; pass None"
             )
-        modules = circuit_modules(model, cut_widths, tokens=tokens)
-        modules[len(cut_widths)].num_classes = model.num_classes
+        modules = circuit_modules(model, cuts, tokens=tokens)
+        modules[len(cuts)].num_classes = model.num_classes
     else:
         if parts is None:
             raise M2MKDError(f"no parts given for a {type(model).__name__}; say how to cut it, as in `split`")
-        modules = _transformer_modules(model, parts, cut_widths)
+        modules = _stages(model, parts, cuts)
     for slot, module in enumerate(modules):
         module.slot = slot
     return modules
 
 
-def _transformer_modules(model: nn.Module, parts: Parts, cut_widths: Sequence[int]) -> list[nn.Module]:
+def _stages(model: nn.Module, parts: Parts, cuts: Sequence[Cut | int]) -> list[nn.Module]:
     chain = split(model, parts)
-    if len(chain) != len(cut_widths) + 1:
+    if len(chain) != len(cuts) + 1:
         raise M2MKDError(
-            f"{len(chain)} student modules ({list(resolve_depths(model, parts))} blocks) do not fit a meta model with "
-            f"{len(cut_widths)} cuts; it needs {len(cut_widths) + 1} modules"
+            f"{len(chain)} student modules ({[stage.depth for stage in chain]} blocks) do not fit a meta model with "
+            f"{len(cuts)} cuts; it needs {len(cuts) + 1} modules"
         )
     modules = []
     for i, view in enumerate(chain):
         stage = copy.deepcopy(view)
         stage.attach_stitches(
-            pre_width=None if view.is_first else cut_widths[i - 1], post_width=None if view.is_last else cut_widths[i]
+            pre_cut=None if view.is_first else cuts[i - 1], post_cut=None if view.is_last else cuts[i]
         )
         modules.append(stage)
     return modules

@@ -1,6 +1,8 @@
-"""The trainable adapter between two widths, used where a student module meets the teacher-wide meta model."""
+"""The trainable adapters between two widths, used where a student module meets the teacher-wide meta model."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -25,10 +27,7 @@ class Stitch(nn.Module):
         self, in_features: int, out_features: int, source: Cut | None = None, target: Cut | None = None
     ) -> None:
         super().__init__()
-        if (source is None) != (target is None):
-            raise M2MKDError(f"a stitch from {source} to {target}: give both cuts, or neither")
-        if source is not None and (source.width, target.width) != (in_features, out_features):
-            raise M2MKDError(f"a stitch of widths {in_features} -> {out_features} between {source} and {target}")
+        _check_cuts(in_features, out_features, source, target)
         self.in_features = in_features
         self.out_features = out_features
         self.source = source
@@ -44,12 +43,45 @@ class Stitch(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.source is None:
-            return self.fc(self.ln(x))
-        x = rearrange(x, self.source, self.target)
-        if self.target.layout == "channels_first":
-            return self.fc(self.ln(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        return self.fc(self.ln(x))
+        return _along_features(lambda x: self.fc(self.ln(x)), x, self.source, self.target)
 
     def extra_repr(self) -> str:
         return f"{self.source or self.in_features} -> {self.target or self.out_features}"
+
+
+class LinearStitch(nn.Linear):
+    """A linear map alone: `y = W · x + b`, as in the published Neural Attentive Circuit students.
+
+    Shapes, cuts and errors as of `Stitch`; initialisation and state names (`weight`, `bias`) of nn.Linear.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, source: Cut | None = None, target: Cut | None = None
+    ) -> None:
+        _check_cuts(in_features, out_features, source, target)
+        super().__init__(in_features, out_features)
+        self.source = source
+        self.target = target
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _along_features(super().forward, x, self.source, self.target)
+
+    def extra_repr(self) -> str:
+        return f"{self.source or self.in_features} -> {self.target or self.out_features}"
+
+
+def _check_cuts(in_features: int, out_features: int, source: Cut | None, target: Cut | None) -> None:
+    if (source is None) != (target is None):
+        raise M2MKDError(f"a stitch from {source} to {target}: give both cuts, or neither")
+    if source is not None and (source.width, target.width) != (in_features, out_features):
+        raise M2MKDError(f"a stitch of widths {in_features} -> {out_features} between {source} and {target}")
+
+
+def _along_features(function: Callable[[Tensor], Tensor], x: Tensor, source: Cut | None, target: Cut | None) -> Tensor:
+    """Apply a function of the last axis to x, laid out as the target says."""
+    if source is None:
+        return function(x)
+    x = rearrange(x, source, target)
+    if target.layout == "channels_first":
+        return function(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return function(x)

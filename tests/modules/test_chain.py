@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.registry import create_model
-from m2mkd_fast.modules.chain import ModuleChain, in_width, out_width
+from m2mkd_fast.modules.chain import ModuleChain, in_cut, out_cut
 from m2mkd_fast.modules.split import split
 
 
@@ -75,14 +75,14 @@ def test_running_backwards_is_refused(chain: ModuleChain) -> None:
 
 def test_widths_come_from_either_side_of_a_cut(chain: ModuleChain) -> None:
     assert chain.widths == (5, 6)
-    assert (in_width(chain[0]), out_width(chain[2])) == (None, None)
+    assert (in_cut(chain[0]), out_cut(chain[2])) == (None, None)
     assert ModuleChain([nn.Linear(3, 5), chain[1], chain[2]]).widths == (5, 6)
     with pytest.raises(M2MKDError, match="module 0 nor module 1"):
         _ = ModuleChain([nn.Linear(3, 5), nn.Linear(5, 2)]).widths
 
 
 def test_neighbours_that_do_not_fit_are_refused(chain: ModuleChain) -> None:
-    with pytest.raises(M2MKDError, match="module 0 gives tokens of width 5, module 1 reads width 6"):
+    with pytest.raises(M2MKDError, match="module 0 gives tokens of width 5, module 1 reads tokens of width 6"):
         ModuleChain([chain[0], chain[2]])
     with pytest.raises(M2MKDError, match="at least one"):
         ModuleChain([])
