@@ -88,7 +88,7 @@ def _into_stages(
             raise M2MKDError(
                 f"module {i} is a {type(module).__name__}, which has no blocks for a {type(into).__name__}"
             )
-    chain = split(into, [module.depth for module in modules])
+    chain = split(into, [module.depth for module in modules], getattr(modules[0], "image_shape", None))
     full = into.state_dict(keep_vars=True)
     full_names: dict[int, list[str]] = {}
     for name, tensor in full.items():

@@ -56,8 +56,8 @@ def hybrid(meta: ModuleChain, index: int, module: nn.Module) -> ModuleChain:
 def check_compatible(teacher: ModuleChain, meta: ModuleChain, students: Sequence[nn.Module]) -> None:
     """Raise one M2MKDError that lists everything that does not fit between teacher, meta model and student modules.
 
-    Checked: the number of modules, width, layout and grid at each cut, the slot each module was made for, the number of classes,
-    and the image geometry. Nothing is computed, so this comes before any training.
+    Checked: the number of modules, width, layout and grid at each cut, the slot each module was made for, the number of
+    classes, and the image geometry. Nothing is computed, so this comes before any training.
     """
     problems = []
     if not len(teacher) == len(meta) == len(students):

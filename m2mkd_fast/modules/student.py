@@ -13,14 +13,19 @@ from m2mkd_fast.nn.cut import Cut
 
 
 def student_modules(
-    model: nn.Module, parts: Parts | None, cuts: Sequence[Cut | int], *, tokens: int = 1
+    model: nn.Module,
+    parts: Parts | None,
+    cuts: Sequence[Cut | int],
+    *,
+    tokens: int = 1,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> list[nn.Module]:
     """The modules of a student, each of which fits a slot of a meta model with `cuts` between its slots.
 
     Module i is an independent deep copy of part i of the model with a stitch from `cuts[i-1]` before it and one to
-    `cuts[i]` after it; the first has no stitch before it, the last none after. A stitch lays the features out anew where
-    the student's layout, grid or prefix tokens are others than the teacher's (`nn.cut.rearrange`). `assemble` puts the
-    modules together again.
+    `cuts[i]` after it; the first has no stitch before it, the last none after. A stitch lays the features out anew
+    where the student's layout, grid or prefix tokens are others than the teacher's (`nn.cut.rearrange`). `assemble`
+    puts the modules together again.
 
     Args:
         model: a model that `split` can cut (Vision Transformer, V-MoE, ...), or a Neural Attentive Circuit.
@@ -29,6 +34,7 @@ def student_modules(
             number and grid are taken as they come.
         tokens: latents that a circuit's read-in gives to the meta model: 1 as published, the teacher's number of tokens
             for a loss that compares features.
+        image_shape: as in `split`.
 
     Raises:
         M2MKDError: the number of parts is not `len(cuts) + 1`, or the model is of another kind.
@@ -45,14 +51,16 @@ def student_modules(
     else:
         if parts is None:
             raise M2MKDError(f"no parts given for a {type(model).__name__}; say how to cut it, as in `split`")
-        modules = _stages(model, parts, cuts)
+        modules = _stages(model, parts, cuts, image_shape)
     for slot, module in enumerate(modules):
         module.slot = slot
     return modules
 
 
-def _stages(model: nn.Module, parts: Parts, cuts: Sequence[Cut | int]) -> list[nn.Module]:
-    chain = split(model, parts)
+def _stages(
+    model: nn.Module, parts: Parts, cuts: Sequence[Cut | int], image_shape: tuple[int, int, int] | None
+) -> list[nn.Module]:
+    chain = split(model, parts, image_shape)
     if len(chain) != len(cuts) + 1:
         raise M2MKDError(
             f"{len(chain)} student modules ({[stage.depth for stage in chain]} blocks) do not fit a meta model with "

@@ -48,5 +48,13 @@ def preflight(bench: Workbench) -> int:
                 PairTask(student, i, teacher, meta, prefix, settings)(images, labels)
             except (M2MKDError, RuntimeError) as error:
                 raise M2MKDError(f"pair {i} does not fit together: {error}") from error
+        try:
+            bench.assembled(students, "kept").model(images)
+        except (M2MKDError, RuntimeError) as error:
+            raise M2MKDError(f"the student's modules do not fit one another with their stitches: {error}") from error
+        # Once taught, no parameter of one module equals that of another: what several modules share shows now.
+        for i, student in enumerate(students):
+            for parameter in student.parameters():
+                parameter.add_(i)
         bench.assembled(students, "dropped")
     return len(teacher)

@@ -58,7 +58,7 @@ class Workbench:
         model = self._model(config.model, config.options, "teacher")
         if config.weights:
             load_pretrained(model, Path(config.weights))
-        return model, split(model, config.parts)
+        return model, split(model, config.parts, self.dataset.image_shape)
 
     def teacher_chain(self) -> ModuleChain:
         """The teacher's modules as they are before the run trains anything."""
@@ -75,14 +75,15 @@ class Workbench:
         return self._model(self.config.student.model, self.config.student.options, "student")
 
     def student_modules(self) -> list[nn.Module]:
-        """The student's modules, freshly initialised, stitched to the teacher's widths."""
+        """The student's modules, freshly initialised, stitched to the teacher's cuts."""
         teacher, model = self.teacher_chain(), self.student_model()
         circuit = hasattr(model, "module_key")
         tokens = self.config.student.tokens
         if tokens == "teacher":
             tokens = next(iter(teacher.tokens), None) or 1  # a teacher of one module has no cut
+        parts = None if circuit else self.config.student.parts
         torch.manual_seed(self.seed("stitches"))
-        return student_modules(model, None if circuit else self.config.student.parts, teacher.widths, tokens=tokens)
+        return student_modules(model, parts, teacher.cuts, tokens=tokens, image_shape=self.dataset.image_shape)
 
     def assembled(self, modules: list[nn.Module], stitches: str) -> Assembly:
         if stitches == "kept":
@@ -152,9 +153,17 @@ class Workbench:
 
     def _model(self, name: str, options: dict[str, Any], stream: str) -> nn.Module:
         channels, height, _ = self.dataset.image_shape
-        facts = {"num_classes": self.dataset.num_classes, "img_size": height, "in_chans": channels}
+        facts = {"num_classes": self.dataset.num_classes, "img_size": height, "in_chans": channels, **options}
         torch.manual_seed(self.seed(stream))
-        return create_model(name, **{**facts, **options})
+        try:
+            return create_model(name, **facts)
+        except M2MKDError as error:
+            # timm's convolutional models take images of any size, and no argument for it.
+            if "img_size" in options or "unexpected keyword argument 'img_size'" not in str(error):
+                raise
+        del facts["img_size"]
+        torch.manual_seed(self.seed(stream))
+        return create_model(name, **facts)
 
 
 def load_pretrained(model: nn.Module, path: Path) -> None:

@@ -15,9 +15,11 @@ from m2mkd_fast.models.nac import NACMediator, NACReadIn, NACReadOut, NeuralAtte
 from m2mkd_fast.models.nac.blocks import AttentiveReadIn, Propagator, ReadOut
 from m2mkd_fast.models.nac.tokenizers import ConvNeXtImageTokenizer, OutputLatentPooling
 from m2mkd_fast.models.registry import create_model
+from m2mkd_fast.modules.chain import ModuleChain
 from m2mkd_fast.modules.meta import hybrid, meta_model
 from m2mkd_fast.modules.split import split
 from m2mkd_fast.modules.state import load_strict
+from m2mkd_fast.nn.cut import Cut
 from m2mkd_fast.nn.options import build
 
 NO_KERNEL = {"kernel_type": None}
@@ -249,3 +251,30 @@ def test_distilling_a_module_changes_all_its_parameters(circuit: NeuralAttentive
     for index, module in enumerate(student_modules(circuit, meta.widths)):
         hybrid(meta, index, module)(images).square().sum().backward()
         assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+MAPS = (Cut(96, "channels_first", (4, 4)), Cut(80, "channels_last", (2, 3)), Cut(72, "tokens", (2, 2), 1))
+
+
+def test_modules_between_maps_of_a_teacher(circuit: NeuralAttentiveCircuit) -> None:
+    """Each reads the positions of the teacher's map as tokens and gives its own, resampled to the next map."""
+    images = torch.randn(3, 1, 16, 16)
+    for tokens in (16, 1):
+        modules = student_modules(circuit, MAPS, tokens=tokens)
+        assert ModuleChain(modules).cuts == MAPS
+        features = images
+        shapes = [tuple((features := module(features)).shape) for module in modules]
+        assert shapes == [(3, 96, 4, 4), (3, 2, 3, 80), (3, 5, 72), (3, 10)]
+    alone = modules[0](images)
+    assert torch.equal(alone, alone[..., :1, :1].expand_as(alone)), "a single latent fills the map"
+    with pytest.raises(M2MKDError, match="5 latents of the read-in do not fill channels-first maps of width 96"):
+        student_modules(circuit, MAPS, tokens=5)
+
+
+def test_modules_without_their_stitches_run_in_the_circuits_own_width(circuit: NeuralAttentiveCircuit) -> None:
+    first, middle, _, last = modules = student_modules(circuit, (96, 96, 96), tokens=5)
+    for module in modules:
+        module.pre_stitch = module.post_stitch = None
+    width = first.bare_out_cut.width
+    assert [module.out_cut for module in modules] == [Cut(width)] * 3 + [None]
+    assert last(middle(first(torch.randn(2, 1, 16, 16)))).shape == (2, 10)
