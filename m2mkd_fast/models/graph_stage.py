@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.fresh import fresh_graph_stage
 from m2mkd_fast.models.spine import Spine
 from m2mkd_fast.models.stage import Stage
 from m2mkd_fast.models.tracing import BatchInteger, InputDevice
@@ -117,6 +118,10 @@ class GraphStage(Stage, nn.Module):
                 holder.register_parameter(last, owner._parameters[last])
             else:
                 holder.register_buffer(last, owner._buffers[last], last not in owner._non_persistent_buffers_set)
+
+    def fresh(self, depth: int, start: int) -> GraphStage:
+        """A shallow, newly initialised stage that reads and gives the same: see `fresh_graph_stage`."""
+        return fresh_graph_stage(self, depth, start)
 
     def no_weight_decay(self) -> set[str]:
         """The model's own list, as far as the stage holds the names."""

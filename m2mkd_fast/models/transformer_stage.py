@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from timm.layers import DropPath, PatchDropout
+from timm.layers import PatchDropout
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.fresh import remove_dropout
 from m2mkd_fast.models.stage import Stage
 from m2mkd_fast.nn.cut import Cut
 
@@ -144,7 +145,7 @@ class TransformerStage(Stage, VisionTransformer):
         blocks = nn.Sequential(*(copy.deepcopy(source) for source in sources))
         stage = copy.deepcopy(self, {id(self.blocks): blocks})  # everything but the blocks, which are those just made
         stage.start, stage.stop = start, start + depth
-        _remove_dropout(stage)
+        remove_dropout(stage)
         stage.init_weights(needs_reset=True)
         return stage.requires_grad_(True).train()
 
@@ -161,13 +162,3 @@ class TransformerStage(Stage, VisionTransformer):
 
     def extra_repr(self) -> str:
         return f"blocks {self.start}..{self.stop - 1} of a {self.model_class.__name__}"
-
-
-def _remove_dropout(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, DropPath | PatchDropout):
-            setattr(module, name, nn.Identity())
-        elif isinstance(child, nn.Dropout):
-            child.p = 0.0
-        else:
-            _remove_dropout(child)

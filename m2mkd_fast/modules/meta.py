@@ -14,15 +14,17 @@ from m2mkd_fast.nn.cut import Cut
 def meta_model(chain: ModuleChain, depth: int | Sequence[int] = 1) -> ModuleChain:
     """A chain with as many modules as the given one, each of `depth[i]` fresh blocks (one number: the same in all).
 
-    Width, heads, MLP, norms, tokens, image geometry and classes are those of the given chain, usually the teacher's;
+    Width, heads, MLP, norms, cuts, image geometry and classes are those of the given chain, usually the teacher's;
     there is no dropout and no stochastic depth, as published (Deep Incubation, arXiv 2212.04129). The initialisation is
-    timm's and a function of torch's generator alone: `torch.manual_seed` before the call makes it repeatable.
+    a function of the chain and torch's generator alone: `torch.manual_seed` before the call makes it repeatable.
+
+    A Vision Transformer's blocks are initialised as timm does. Of any other model `depth[i]` blocks a resolution stay,
+    or as many as there are, beside those that change the resolution; what starts fresh in them, and what keeps a copy
+    of the teacher's values, is said in `models.fresh.fresh_graph_stage`.
 
     Raises:
         M2MKDError: the chain is not one that `split` made, or has stitches, or the depths do not fit it.
     """
-    from m2mkd_fast.models.transformer_stage import TransformerStage
-
     depths = [depth] * len(chain) if isinstance(depth, int) else list(depth)
     if len(depths) != len(chain) or min(depths) < 1:
         raise M2MKDError(
@@ -30,13 +32,14 @@ def meta_model(chain: ModuleChain, depth: int | Sequence[int] = 1) -> ModuleChai
             "all of them, or one each"
         )
     for i, stage in enumerate(chain):
-        if not isinstance(stage, TransformerStage):
+        if not hasattr(stage, "fresh"):
             raise M2MKDError(f"module {i} is a {type(stage).__name__}; a meta model is made from a chain of `split`")
         if any(name.split(".")[-1] in ("pre_stitch", "post_stitch") for name, _ in stage.named_modules()):
             raise M2MKDError(f"module {i} has stitches; make the meta model from the teacher's chain")
-    stages = [stage.fresh(depths[i], start=sum(depths[:i])) for i, stage in enumerate(chain)]
-    for slot, stage in enumerate(stages):
-        stage.slot = slot
+    stages: list[nn.Module] = []
+    for slot, stage in enumerate(chain):
+        stages.append(stage.fresh(depths[slot], start=sum(stage.depth for stage in stages)))
+        stages[slot].slot = slot
     return ModuleChain(stages)
 
 
