@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from small_models import small
+from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.registry import create_model
@@ -180,3 +181,46 @@ def test_golden_published_teacher_is_assembled_from_its_stages(golden_case, read
     assembly = assemble(stages[:], into=create_model("vit_micro", **arguments).double())
     assert assembly.initial == ()
     verify_split(assembly.model, stages, tensors["in/x"])
+
+
+def test_models_of_any_kind_are_assembled_with_their_statistics() -> None:
+    source, target = small("resnet", seed=1), small("resnet", seed=2).eval()
+    source(IMAGES)
+    source.eval()
+    modules = student_modules(source, [3, 2, 2], [24, 24], image_shape=(1, 16, 16))
+    assembly = assemble(modules, into=target)
+    assert weights_hash(target) == weights_hash(source)
+    assert torch.equal(target(IMAGES), source(IMAGES))
+    assert assembly.initial == ()
+    assert assembly.origins["layer2.0.bn1.running_mean"] == "slot 1: layer2.0.bn1.running_mean"
+    chain = assemble(modules, stitches="kept").model.eval()
+    assert chain(IMAGES).shape == (2, 10)
+
+
+class TableBeforeEachBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(1, 8, 4, 4)
+        self.table = nn.Parameter(torch.randn(1, 16, 8))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(4))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = x + block(x + self.table)
+        return self.head(x.mean(1))
+
+
+def test_a_tensor_of_several_slots_must_agree() -> None:
+    torch.manual_seed(0)
+    source, target = TableBeforeEachBlock(), TableBeforeEachBlock()
+    modules = student_modules(source, 2, [24], image_shape=(1, 16, 16))
+    assert assemble(modules, into=target).origins["table"].endswith(": table")
+    assert torch.equal(target(IMAGES), source(IMAGES))
+    before = weights_hash(target)
+    with torch.no_grad():
+        modules[1].get_parameter("table").add_(1.0)
+    with pytest.raises(M2MKDError, match=r"different values: table \(slot 0: table and slot 1: table\)"):
+        assemble(modules, into=target)
+    assert weights_hash(target) == before

@@ -8,6 +8,7 @@ from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.registry import create_model
 from m2mkd_fast.modules.chain import ModuleChain, in_cut, out_cut
 from m2mkd_fast.modules.split import split
+from m2mkd_fast.nn.cut import Cut
 
 
 class Part(nn.Module):
@@ -102,3 +103,21 @@ def test_golden_names_of_published_stages(golden_dir, read_golden) -> None:
     published = {k.removeprefix("teacher/"): v.shape for k, v in tensors.items() if k.startswith("teacher/")}
     chain = split(model, config["teacher_depths"])
     assert {name: tensor.shape for name, tensor in chain.state_dict().items()} == published
+
+
+def test_neighbours_of_other_layouts_and_grids_are_refused() -> None:
+    map_of = {"out_cut": Cut(4, "channels_last", (2, 2))}
+    for read in (Cut(4), Cut(4, "channels_first", (2, 2)), Cut(4, "channels_last", (2, 3))):
+        with pytest.raises(M2MKDError, match=r"gives channels-last maps of width 4 on a grid of 2x2, module 1 reads"):
+            ModuleChain([with_cuts(**map_of), with_cuts(in_cut=read)])
+    chain = ModuleChain([with_cuts(**map_of), with_cuts(in_cut=Cut(4, "channels_last"))])
+    assert (chain.cuts, chain.widths, chain.tokens) == ((map_of["out_cut"],), (4,), (4,)), (
+        "the side that knows the grid"
+    )
+
+
+def with_cuts(**cuts: Cut) -> nn.Module:
+    module = nn.Identity()
+    for name, cut in cuts.items():
+        setattr(module, name, cut)
+    return module

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import small
 from timm.layers import DropPath
 from torch import nn
 
@@ -12,6 +13,7 @@ from m2mkd_fast.modules.meta import check_compatible, hybrid, meta_model
 from m2mkd_fast.modules.split import split
 from m2mkd_fast.modules.state import load_strict, weights_hash
 from m2mkd_fast.modules.student import student_modules
+from m2mkd_fast.nn.cut import Cut
 
 
 def vit(**overrides: object) -> nn.Module:
@@ -181,3 +183,22 @@ def test_golden_hybrid_teacher(golden_case, read_golden, assert_golden) -> None:
     assert_golden(mixed(tensors["in/x"]), tensors["out/teacher_logits"], "out/teacher_logits")
     if index > 0:
         assert_golden(meta.run(tensors["in/x"], 0, index), tensors["out/meta_output"], "out/meta_output")
+
+
+def test_layouts_and_grids_that_differ_are_listed() -> None:
+    """A Vision Transformer's stages do not fit a hierarchical meta model without stitches between the layouts."""
+    teacher = split(small("swin"), [2, 2, 2], (1, 16, 16))
+    meta = meta_model(teacher)
+    students = student_modules(vit(), 3, teacher.cuts)
+    check_compatible(teacher, meta, students)
+    unfit = [split(vit(), 3)[0], *student_modules(vit(), 3, [12, Cut(12, "channels_last", (4, 4))])[1:]]
+    with pytest.raises(M2MKDError) as error:
+        check_compatible(teacher, meta, unfit)
+    message = str(error.value)
+    assert (
+        "student module 0 gives tokens of width 16 on a grid of 4x4 behind 1 prefix token where the meta model's "
+        "module 0 gives channels-last maps of width 12 on a grid of 8x8" in message
+    )
+    assert "student module 1 reads tokens of width 12 where" in message
+    assert "student module 2 reads channels-last maps of width 12 on a grid of 4x4 where" in message
+    assert "teacher module" not in message

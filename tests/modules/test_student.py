@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import small
 from torch import nn
 
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.registry import create_model
 from m2mkd_fast.models.vmoe import VMoE
+from m2mkd_fast.modules.chain import ModuleChain
 from m2mkd_fast.modules.meta import check_compatible, hybrid, meta_model
 from m2mkd_fast.modules.split import split
 from m2mkd_fast.modules.state import is_stitch, load_strict
 from m2mkd_fast.modules.student import student_modules
+from m2mkd_fast.nn.cut import Cut
 
 
 def vit(**overrides: object) -> nn.Module:
@@ -99,3 +102,49 @@ def test_golden_hybrid_student(golden_case, read_golden, assert_golden) -> None:
     state = {k.removeprefix("student/"): v for k, v in tensors.items() if k.startswith("student/")}
     load_strict(module, state, golden_case, allow_unexpected=["stages.*"])
     assert_golden(hybrid(meta, index, module)(tensors["in/x"]), tensors["out/student_logits"], "out/student_logits")
+
+
+SHAPE = (1, 16, 16)
+MAPS = (Cut(24, "channels_last", (4, 4)), Cut(20, "channels_first", (3, 2)))
+
+
+@pytest.mark.parametrize(("name", "parts"), [("convnext", [3, 3, 2]), ("swin", [2, 2, 2])])
+def test_hierarchical_students_between_maps_of_another_layout(name: str, parts: list[int]) -> None:
+    model = small(name)
+    modules = student_modules(model, parts, MAPS, image_shape=SHAPE)
+    assert ModuleChain(modules).cuts == MAPS
+    x = torch.randn(2, *SHAPE)
+    for module, shape in zip(modules, [(2, 4, 4, 24), (2, 20, 3, 2), (2, 10)], strict=True):
+        x = module(x)
+        assert x.shape == shape
+    x.square().sum().backward()
+    assert all(parameter.grad is not None for module in modules for parameter in module.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    stitches = {name.split(".")[0] for module in modules for name in module.state_dict() if is_stitch(name)}
+    assert stitches == {"pre_stitch", "post_stitch"}
+    own = {name for module in modules for name in module.state_dict() if not is_stitch(name)}
+    assert own == model.state_dict().keys(), "the model's own names"
+
+
+def test_transformer_students_of_a_teacher_with_maps() -> None:
+    """The class token of the student, which the teacher has not, is made of the map's mean and left out again."""
+    modules = student_modules(vit(), 3, MAPS)
+    x = torch.randn(2, *SHAPE)
+    for module, shape in zip(modules, [(2, 4, 4, 24), (2, 20, 3, 2), (2, 10)], strict=True):
+        x = module(x)
+        assert x.shape == shape
+    maps = torch.randn(2, 4, 4, 24)
+    read = modules[1].pre_stitch(maps)
+    same = modules[1].pre_stitch.fc(modules[1].pre_stitch.ln(maps.mean((1, 2))))
+    assert read.shape == (2, 17, 16)
+    torch.testing.assert_close(read[:, 0], same)
+
+
+def test_teachers_with_another_patch_grid_are_resampled_to_the_students() -> None:
+    meta = meta_model(split(vit(img_size=24, embed_dim=24), 3))
+    assert meta.cuts[0] == Cut(24, "tokens", (6, 6), 1)
+    modules = student_modules(vit(img_size=24, patch_size=6), 3, meta.cuts)
+    images = torch.randn(2, 1, 24, 24)
+    for index, module in enumerate(modules):
+        assert hybrid(meta, index, module)(images).shape == (2, 10)
+        assert meta.run(images, 0, index + 1).shape == module(meta.run(images, 0, index)).shape
