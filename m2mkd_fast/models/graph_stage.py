@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.batch_integers import BatchInteger
 from m2mkd_fast.models.fresh import fresh_graph_stage
 from m2mkd_fast.models.spine import Spine
 from m2mkd_fast.models.stage import Stage
-from m2mkd_fast.models.tracing import BatchInteger, InputDevice
+from m2mkd_fast.models.tracing import InputDevice
 
 _HOLDERS = ("call_module", "get_attr")
 

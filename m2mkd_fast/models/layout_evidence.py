@@ -23,7 +23,7 @@ class LayoutEvidence:
     """
 
     def __init__(self) -> None:
-        # Axes that were taken for the channels, counted in the tensor first followed; and where its axes are in this one.
+        # Axes taken for the channels, counted in the tensor first followed; and where its axes are in this one.
         self._followed: dict[int, tuple[list[int], tuple[int, ...]]] = {}
         self._alive: list[Tensor] = []
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx, nn
 
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.batch_integers import BATCHES
 from m2mkd_fast.models.blocks import find_blocks
-from m2mkd_fast.models.tracing import BATCHES, Program, trace
+from m2mkd_fast.models.tracing import Program, trace
 from m2mkd_fast.nn.cut import Cut
 
 
@@ -132,6 +134,8 @@ def image_shape_of(model: nn.Module) -> tuple[int, int, int]:
             "width)`"
         )
     channels = said[0] if convolution is None else convolution.in_channels
+    if said and channels in (4 * said[0], 16 * said[0]):  # the stem folds squares of 2 or 4 pixels into channels
+        channels = said[0]
     height, width = (size, size) if isinstance(size, int) else size
     return int(channels), int(height), int(width)
 
@@ -139,8 +143,8 @@ def image_shape_of(model: nn.Module) -> tuple[int, int, int]:
 def cut_of(model: nn.Module, place: fx.Node) -> Cut | None:
     """Width, layout and grid of what passes at a place; None where the layout is not known.
 
-    Three axes are tokens, and a grid where their number fits one that the model has. Of four, the channels' axis is told
-    by what the model does with the map, else by the widths that the model states, else by the square of the other two.
+    Three axes are tokens, and a grid where their number fits one that the model has. Of four, the channels' axis is
+    told by what the model does with the map, else by the widths that it states, else by the square of the other two.
     """
     shape = place.meta["shape"]
     if shape[0] != BATCHES[0]:
@@ -177,7 +181,7 @@ def _places(graph: fx.Graph, calls: list[fx.Node]) -> list[fx.Node | tuple[str, 
     position = {node: i for i, node in enumerate(nodes)}
     last_use = {node: max((position[user] for user in node.users), default=-1) for node in nodes}
     found: list[fx.Node | tuple[str, ...]] = []
-    for call, following in zip(calls, calls[1:], strict=False):
+    for call, following in pairwise(calls):
         least: list[fx.Node] | None = None
         for i in range(position[call], position[following]):
             alive = [node for node in nodes[: i + 1] if node.meta.get("image") and last_use[node] > i]
@@ -200,7 +204,7 @@ def _described(node: fx.Node) -> str:
 
 
 def _token_grid(model: nn.Module, place: fx.Node, tokens: int) -> tuple[int, tuple[int, int] | None]:
-    prefixes = dict.fromkeys((int(getattr(model, "num_prefix_tokens", 0) or 0), 0))
+    prefixes = dict.fromkeys((int(getattr(model, "num_prefix_tokens", 0) or 0), 0, 1))
     grids = []
     for owner in (getattr(model, "patch_embed", None), model):
         grid = getattr(owner, "grid_size", None)

@@ -23,20 +23,11 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.batch_integers import BATCHES, merged_arguments
 from m2mkd_fast.models.layout_evidence import LayoutEvidence
 
-# Two numbers of images: an integer that differs between both traces depends on their number.
-BATCHES = (2, 3)
 _RUNNING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError)
 _READS_VALUES = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "nonzero", "__contains__"}
-
-
-@dataclass(frozen=True)
-class BatchInteger:
-    """An integer of the model's code that depends on the number of images: `slope * images + offset`."""
-
-    slope: int
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -51,9 +42,9 @@ class Program:
     Attributes:
         graph: placeholder `images`, then `call_module` (leaves, by their path in the model), `get_attr` (parameters and
             buffers), `call_function`, `call_method`, and the output. Arguments may hold `BatchInteger` and
-            `InputDevice`. Metadata of a node: `image` (whether its value depends on the images' values), and of one that
-            gives a tensor `shape` (for `BATCHES[0]` images), `layout` (see `LayoutEvidence`) and `written` (whether
-            something after it writes into its memory).
+            `InputDevice`. Metadata of a node: `image` (whether its value depends on the images' values), and of one
+            that gives a tensor `shape` (for `BATCHES[0]` images), `layout` (see `LayoutEvidence`) and `written`
+            (whether something after it writes into its memory).
         constants: tensors that the model's code holds outside its parameters and buffers, by the name of their node.
     """
 
@@ -74,11 +65,11 @@ def trace(model: nn.Module, leaf_parents: set[str], image_shape: tuple[int, int,
     """
     name = type(model).__qualname__
     programs = {mode: _trace(model, leaf_parents, (BATCHES[0], *image_shape), mode) for mode in (False, True)}
-    if _merged(programs[False], programs[True]) is not None:
+    if merged_arguments(programs[False].graph, programs[True].graph, batches=False) is not None:
         del programs[True]
     for mode, program in programs.items():
         other = _trace(model, leaf_parents, (BATCHES[1], *image_shape), mode)
-        merged = _merged(program, other, slope_of=BATCHES[1] - BATCHES[0])
+        merged = merged_arguments(program.graph, other.graph, batches=True)
         if merged is None:
             raise M2MKDError(
                 f"cannot cut a {name}: it computes something else for {BATCHES[1]} images than for {BATCHES[0]}; what "
@@ -95,12 +86,18 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    for module in model.modules():  # tensors that a layer keeps from an earlier call and that carry a gradient's graph
-        for value in vars(module).values():
-            for tensor in value.values() if isinstance(value, dict) else [value]:
-                if isinstance(tensor, Tensor) and not tensor.is_leaf:
-                    memo[id(tensor)] = tensor.detach()
+    for tensor in _plain_tensors(model):
+        if not tensor.is_leaf:  # what a layer keeps from an earlier call may carry a gradient's graph
+            memo.setdefault(id(tensor), tensor.detach())
     return copy.deepcopy(model, memo)
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules hold beside their parameters and buffers: in an attribute, or a list or dict of one."""
+    for module in model.modules():
+        for value in vars(module).values():
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            yield from (part for part in parts if isinstance(part, Tensor))
 
 
 def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
@@ -116,6 +113,8 @@ class _Recorder(TorchFunctionMode):
         self.evidence = LayoutEvidence()
         self.leaf: str | None = None
         self.training = root.training
+        self.model = type(root).__qualname__
+        self.attributes = {id(tensor) for tensor in _plain_tensors(root)}
         self.device = images.device
         self.names = {id(tensor): name for name, tensor in [*root.named_buffers(), *root.named_parameters()]}
         self.nodes: dict[int, fx.Node] = {}
@@ -160,7 +159,13 @@ class _Recorder(TorchFunctionMode):
 
     def _record(self, kind: str, target: Any, args: tuple, kwargs: dict, result: Any) -> None:
         args, kwargs = self._arguments(args), self._arguments(kwargs)
-        self._bind_all(result, self.program.graph.create_node(kind, target, args, kwargs))
+        node = self.program.graph.create_node(kind, target, args, kwargs)
+        self._bind_all(result, node)
+        if node.meta["image"] and not torch.is_grad_enabled():
+            raise M2MKDError(
+                f"cannot cut a {self.model}: its own code computes {node.name} under torch.no_grad, which a graph does "
+                "not hold; write `detach`, or move that part into a block"
+            )
 
     def _bind_all(self, result: Any, node: fx.Node) -> None:
         node.meta["image"] = any(source.meta["image"] for source in node.all_input_nodes)
@@ -198,6 +203,11 @@ class _Recorder(TorchFunctionMode):
         if node is None:
             name = self.names.get(id(tensor))
             if name is None:
+                if id(tensor) not in self.attributes:
+                    raise M2MKDError(
+                        f"cannot cut a {self.model}: its own code makes a tensor {list(tensor.shape)} by an operation "
+                        "that torch does not report (a scripted function, for example); move it into a module"
+                    )
                 name = f"constant_{'train' if self.training else 'eval'}_{len(self.program.constants)}"
                 self.program.constants[name] = tensor
             node = self.program.graph.get_attr(name)
@@ -216,25 +226,23 @@ class _ControlFlow(Exception):
 
 def _trace(model: nn.Module, leaf_parents: set[str], shape: tuple[int, ...], training: bool) -> Program:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    try:
-        return _run(_without_values(model), leaf_parents, torch.empty(shape, dtype=like.dtype, device="meta"), training)
-    except _RUNNING_ERRORS:
-        if like.is_meta:
-            raise
-    # A block may well look at values, inside; then values are needed.
-    with torch.random.fork_rng([like.device] if like.is_cuda else []):
-        images = torch.randn(shape, device=like.device).to(like.dtype)
-        try:
-            return _run(skeleton(model), leaf_parents, images, training)
-        except _RUNNING_ERRORS as error:
-            raise M2MKDError(
-                f"a {type(model).__qualname__} does not run on images of shape {list(shape[1:])} in "
-                f"{'train' if training else 'eval'} mode: {_first_line(error)} ({_place(error)}); give the "
-                "`image_shape` (channels, height, width) that the model was made for"
-            ) from error
+    attempts = [lambda: (_without_values(model), torch.empty(shape, dtype=like.dtype, device="meta"))]
+    if not like.is_meta:  # a block may well look at values, inside; then values are needed
+        attempts.append(lambda: (skeleton(model), torch.randn(shape, device=like.device).to(like.dtype)))
+    for attempt in attempts:
+        with torch.random.fork_rng([like.device] if like.is_cuda else []):
+            try:
+                return _run(*attempt(), leaf_parents, training)
+            except _RUNNING_ERRORS as error:
+                failure = error
+    raise M2MKDError(
+        f"a {type(model).__qualname__} does not run on images of shape {list(shape[1:])} in "
+        f"{'train' if training else 'eval'} mode: {_first_line(failure)} ({_place(failure)}); give the `image_shape` "
+        "(channels, height, width) that the model was made for"
+    ) from failure
 
 
-def _run(root: nn.Module, leaf_parents: set[str], images: Tensor, training: bool) -> Program:
+def _run(root: nn.Module, images: Tensor, leaf_parents: set[str], training: bool) -> Program:
     recorder = _Recorder(root.train(training), images)
     with torch.enable_grad(), torch.device(images.device), _recorded_leaves(root, leaf_parents, recorder):
         try:
@@ -242,8 +250,8 @@ def _run(root: nn.Module, leaf_parents: set[str], images: Tensor, training: bool
                 result = root(images)
         except _ControlFlow as error:
             raise M2MKDError(
-                f"cannot cut a {type(root).__qualname__}: {_place(error)} depends on the values of images, so it has no "
-                "answer before they are there; write the choice with torch.where, or move it into a block"
+                f"cannot cut a {type(root).__qualname__}: {_place(error)} depends on the values of images, so it has "
+                "no answer before they are there; write the choice with torch.where, or move it into a block"
             ) from error
     return recorder.finish(result)
 
@@ -266,7 +274,7 @@ def _without_values(model: nn.Module) -> nn.Module:
 def _recorded_leaves(root: nn.Module, leaf_parents: set[str], recorder: _Recorder) -> Iterator[None]:
     # `root` is a copy made for this trace, so its modules may be changed; hooks run when the model's own modules are.
     for path, module in root.named_modules():
-        if path == "" or path in leaf_parents or "forward" in vars(module):
+        if path == "" or path in leaf_parents:
             continue
 
         def forward(*args: Any, path: str = path, original: Callable = module.forward, **kwargs: Any) -> Any:
@@ -290,45 +298,6 @@ def _operation(func: Callable, name: str, args: tuple) -> tuple[str, Any, tuple]
     if descriptor or getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase.")):
         return "call_method", name, args
     return "call_function", func, args
-
-
-def _merged(first: Program, second: Program, slope_of: int = 0) -> dict[fx.Node, tuple[tuple, dict]] | None:
-    """Arguments of the first program's nodes, where the second one differs in integers at most; else None.
-
-    With a `slope_of`, the step between both numbers of images, such integers become `BatchInteger`.
-    """
-    nodes, others = list(first.graph.nodes), list(second.graph.nodes)
-    counterpart = dict(zip(nodes, others, strict=False))
-
-    def merge(a: Any, b: Any) -> Any:
-        if isinstance(a, fx.Node) and counterpart[a] is b:
-            return a
-        if type(a) is type(b) and isinstance(a, list | tuple) and len(a) == len(b):
-            return type(a)(merge(x, y) for x, y in zip(a, b, strict=True))
-        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-            return {key: merge(a[key], b[key]) for key in a}
-        if isinstance(a, slice) and isinstance(b, slice):
-            return slice(merge(a.start, b.start), merge(a.stop, b.stop), merge(a.step, b.step))
-        if type(a) is type(b) and not isinstance(a, fx.Node) and a == b:
-            return a
-        if slope_of and type(a) is int and type(b) is int and (b - a) % slope_of == 0:
-            slope = (b - a) // slope_of
-            return BatchInteger(slope, a - slope * BATCHES[0])
-        raise _Unlike
-
-    if [(a.op, a.target) for a in nodes] != [(b.op, b.target) for b in others]:
-        return None
-    try:
-        return {
-            a: (merge(tuple(a.args), tuple(b.args)), merge(dict(a.kwargs), dict(b.kwargs)))
-            for a, b in counterpart.items()
-        }
-    except _Unlike:
-        return None
-
-
-class _Unlike(Exception):
-    """Two traces differ in more than integers."""
 
 
 def _holds_tensor(value: Any) -> bool:
