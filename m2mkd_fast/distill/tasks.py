@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from m2mkd_fast.distill.pair_loss import Kind, PairLoss, Reduction, feature_loss, pair_loss
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.modules.chain import ModuleChain
+from m2mkd_fast.modules.meta import hybrid
 from m2mkd_fast.nn.vision_moe import auxiliary_losses
 
 
@@ -132,6 +133,10 @@ class PairTask(Task):
         meta: the meta model.
         prefix: whose modules make the input, the teacher's or the meta model's (as published).
         settings: weights of the loss's terms.
+
+    Raises:
+        M2MKDError: no such slot; a module of the student or the teacher that reads or gives something else than the
+            slot does; distillation without a teacher.
     """
 
     def __init__(
@@ -150,6 +155,9 @@ class PairTask(Task):
             raise M2MKDError(
                 "distillation and feature terms need a teacher; pass one, or set alpha=0 and feature_weight=0"
             )
+        # Both modules hand features of one layout to one slot, or nothing that is compared here means anything.
+        for module in (student, *([teacher[index]] if distils else [])):
+            hybrid(meta, index, module)
         super().__init__(student, meta, prefix, *([teacher] if distils else []))
         self.index = index
         self.settings = settings

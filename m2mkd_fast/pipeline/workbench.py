@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,18 @@ class Workbench:
             load_pretrained(model, Path(config.weights))
         return model, split(model, config.parts, self.dataset.image_shape)
 
+    @functools.cached_property
+    def _untrained_teacher(self) -> ModuleChain:
+        """Never trained, only copied: cutting a model along its graph costs a few seconds."""
+        return self.teacher()[1]
+
     def teacher_chain(self) -> ModuleChain:
         """The teacher's modules as they are before the run trains anything."""
-        return self.teacher()[1]
+        return copy.deepcopy(self._untrained_teacher)
 
     def meta(self) -> ModuleChain:
         """The meta model, freshly initialised."""
-        teacher = self.teacher_chain()
+        teacher = self._untrained_teacher
         torch.manual_seed(self.seed("meta"))
         return meta_model(teacher, self.config.meta.depth)
 
@@ -76,7 +82,7 @@ class Workbench:
 
     def student_modules(self) -> list[nn.Module]:
         """The student's modules, freshly initialised, stitched to the teacher's cuts."""
-        teacher, model = self.teacher_chain(), self.student_model()
+        teacher, model = self._untrained_teacher, self.student_model()
         circuit = hasattr(model, "module_key")
         tokens = self.config.student.tokens
         if tokens == "teacher":

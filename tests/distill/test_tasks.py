@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import small
 
 from m2mkd_fast.distill.tasks import (
     DistillationSettings,
@@ -117,3 +118,54 @@ def test_whole_model_distillation_is_the_same_loss_on_whole_models(parts, batch)
     loss = WholeModelDistillation(student, teacher, DistillationSettings(alpha=1.0, tau=2.0))(*batch)
     p, q = (teacher(batch[0]) / 2).log_softmax(1), (student(batch[0]) / 2).log_softmax(1)
     torch.testing.assert_close(loss.total, 4 * (p.exp() * (p - q)).sum(1).mean())
+
+
+@pytest.fixture(scope="module")
+def with_batch_norms():
+    """A ResNet, its meta model and a ResNet student of another width: all three hold running statistics."""
+    torch.manual_seed(0)
+    teacher = split(small("resnet"), [3, 2, 2], (1, 16, 16))
+    student = small("resnet", channels=(4, 6, 8, 8))
+    students = student_modules(student, [3, 2, 2], teacher.cuts, image_shape=(1, 16, 16))
+    return teacher, meta_model(teacher), students
+
+
+def buffers(module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_statistics_of_frozen_modules_do_not_move(with_batch_norms, batch, index):
+    teacher, meta, students = with_batch_norms
+    task = PairTask(students[index], index, teacher, meta, teacher, DistillationSettings(feature_weight=1.0))
+    before = buffers(task)
+    losses = [task.train()(*batch).total for _ in range(2)]
+    moved = {name for name, buffer in buffers(task).items() if not torch.equal(buffer, before[name])}
+    assert moved == {name for name in before if name.startswith("trainable.")}
+    assert torch.equal(*losses), "in train mode the loss is a function of the batch alone"
+
+
+def test_statistics_of_the_teacher_do_not_move_while_the_meta_model_learns(with_batch_norms, batch):
+    teacher, _, _ = with_batch_norms
+    meta = meta_model(teacher)
+    before = buffers(teacher)
+    task = MetaFromTeacher(meta, teacher).train()
+    task(*batch).total.backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in buffers(teacher).items())
+    assert all(p.grad is not None for p in meta.parameters())
+
+
+def test_features_are_compared_in_the_teachers_layout(with_batch_norms, batch):
+    teacher, meta, _ = with_batch_norms
+    torch.manual_seed(0)
+    mixture = create_model("vmoe_micro.m2mkd", **SMALL)
+    students = student_modules(mixture, 3, teacher.cuts)
+    settings = DistillationSettings(feature_weight=1.0)
+    for index in (0, 1):
+        task = PairTask(students[index], index, teacher, meta, teacher, settings)
+        target = teacher.run(batch[0], 0, index + 1)
+        assert students[index](teacher.run(batch[0], 0, index)).shape == target.shape
+        assert task(*batch).terms["feature"] > 0
+    tokens = student_modules(mixture, 3, teacher.widths)
+    with pytest.raises(M2MKDError, match=r"gives tokens of width 8 where the meta model's module 0 gives channels-fir"):
+        PairTask(tokens[0], 0, teacher, meta, teacher, settings)
