@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.modules.chain import ModuleChain
+from m2mkd_fast.modules.fold_stitches import fold_stitches
 from m2mkd_fast.modules.split import split
 from m2mkd_fast.modules.state import is_stitch, load_strict
 
@@ -37,7 +38,7 @@ class Assembly:
 def assemble(
     modules: Sequence[nn.Module],
     into: nn.Module | None = None,
-    stitches: Literal["kept", "dropped"] = "dropped",
+    stitches: Literal["kept", "folded", "dropped"] = "dropped",
     strict: bool = True,
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
@@ -47,8 +48,9 @@ def assemble(
     Args:
         modules: the modules in order, as `student_modules` made them.
         into: with stitches dropped, the full model that receives the modules' tensors; it is changed in place.
-        stitches: "kept": the model is the chain of the modules as they are, teacher-wide between them. "dropped": all
-            tensors but the stitches are copied into `into`, as published.
+        stitches: "kept": the model is the chain of the modules as they are, teacher-wide between them. "folded": the
+            chain of copies of them with one stitch at each cut in place of two, equal to the kept one but for rounding
+            (`fold_stitches`). "dropped": all tensors but the stitches are copied into `into`, as published.
         strict: whether a tensor of `into` that no module fills and a tensor of a module that has no place in `into` are
             errors. A misshapen one is always an error. Of a Neural Attentive Circuit the graph (signatures, codes,
             kernels, initial states) is never in a module, so these stay what they are in `into` without being listed.
@@ -59,16 +61,16 @@ def assemble(
         M2MKDError: modules out of order; missing, unexpected or misshapen tensors, each named with its slot; a tensor
             of `into` that several modules hold with different values; `into` missing or given in the wrong place.
     """
-    if stitches not in ("kept", "dropped"):
-        raise M2MKDError(f"stitches are {stitches!r}; say 'kept' or 'dropped'")
+    if stitches not in ("kept", "folded", "dropped"):
+        raise M2MKDError(f"stitches are {stitches!r}; say 'kept', 'folded' or 'dropped'")
     for i, module in enumerate(modules):
         slot = getattr(module, "slot", None)
         if slot is not None and slot != i:
             raise M2MKDError(f"module {i} of the list was made for slot {slot}; give the modules in the order of slots")
-    if stitches == "kept":
+    if stitches != "dropped":
         if into is not None:
-            raise M2MKDError("kept stitches make a chain of the modules themselves; leave `into` out, or drop stitches")
-        chain = ModuleChain(modules)
+            raise M2MKDError(f"{stitches} stitches make a chain of the modules; leave `into` out, or drop stitches")
+        chain = ModuleChain(modules if stitches == "kept" else fold_stitches(modules))
         origins = {name: _chain_origin(name) for name in chain.state_dict()}
         return Assembly(chain, origins)
     if into is None:
