@@ -14,7 +14,7 @@ from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.modules.chain import ModuleChain
 from m2mkd_fast.modules.stitches import Side, stitch_of, without_stitches
 from m2mkd_fast.nn.cut import rearrange
-from m2mkd_fast.nn.stitch import Stitch
+from m2mkd_fast.nn.stitch import LinearStitch, Stitch
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def fit_stitches(
     Both minimise :math:`\sum\lVert W\phi + b - t\rVert^2 + \lambda n\lVert W\rVert^2` over the n positions of all
     images, in float64, with the features' covariance and with :math:`\lambda` = `ridge` times its mean diagonal.
     :math:`\phi` are the normalised features of a `Stitch`, whose norm becomes the plain one (weight 1, bias 0), and the
-    features as they are of a circuit's linear map. The result is a function of weights and images alone. Sums are
+    features as they are of a circuit's `LinearStitch`. The result is a function of weights and images alone. Sums are
     collected batch by batch; images are held, activations are not.
 
     Args:
@@ -161,9 +161,9 @@ def _fit(
 
 def _features(stitch: nn.Module, x: Tensor, where: str) -> Tensor:
     """What the stitch's linear map reads, features last; the norm in float64 and without weight and bias."""
-    if not isinstance(stitch, Stitch | nn.Linear):
-        raise M2MKDError(f"{where} is a {type(stitch).__name__}; least squares is for Stitch and nn.Linear")
-    if getattr(stitch, "source", None) is not None:
+    if not isinstance(stitch, Stitch | LinearStitch):
+        raise M2MKDError(f"{where} is a {type(stitch).__name__}; least squares is for Stitch and LinearStitch")
+    if stitch.source is not None:
         x = rearrange(x, stitch.source, stitch.target)
     x = _positions(stitch, x).double()
     return F.layer_norm(x, (stitch.in_features,), eps=stitch.ln.eps) if isinstance(stitch, Stitch) else x
@@ -171,8 +171,8 @@ def _features(stitch: nn.Module, x: Tensor, where: str) -> Tensor:
 
 def _positions(stitch: nn.Module, x: Tensor) -> Tensor:
     """Features of the stitch's target layout with the features last."""
-    target = getattr(stitch, "target", None)
-    return x.movedim(1, -1) if target is not None and target.layout == "channels_first" else x
+    channels_first = stitch.target is not None and stitch.target.layout == "channels_first"
+    return x.movedim(1, -1) if channels_first else x
 
 
 class _Moments:

@@ -11,16 +11,17 @@ from torch import nn
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.modules.stitches import stitch_owner
 from m2mkd_fast.nn.folded_stitch import FoldedStitch, require_same_cut
-from m2mkd_fast.nn.stitch import Stitch
+from m2mkd_fast.nn.stitch import LinearStitch, Stitch
 
 
 def fold_stitches(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Independent copies of modules 0 ... L-1 that give the same logits in a chain, with one stitch at each cut.
 
     At each cut the stitch to the teacher's width and the one back become one module: two `Stitch` a
-    :class:`~m2mkd_fast.nn.folded_stitch.FoldedStitch`, two `nn.Linear` of a circuit one `nn.Linear`. It takes the place
-    of the first, `post_stitch` of module i; module i+1 has no `pre_stitch` any more. All in exact arithmetic: results
-    differ from the kept stitches' by rounding alone. Folded modules fit each other and no longer a meta model.
+    :class:`~m2mkd_fast.nn.folded_stitch.FoldedStitch`, two `LinearStitch` of a circuit one `LinearStitch`. It takes the
+    place of the first, `post_stitch` of module i; module i+1 has no `pre_stitch` any more. In exact arithmetic nothing
+    changes: results differ from the kept stitches' by rounding alone. Folded modules fit each other and no longer a
+    meta model.
 
     A folded stitch goes no further, into its neighbours' weights, because none of them is linear on that side. Before
     it a block adds a branch to what it was given (the stitch would have to pass through that residual path, and with
@@ -52,7 +53,7 @@ def fold_stitches(modules: Sequence[nn.Module]) -> list[nn.Module]:
 def _folded(first: nn.Module, second: nn.Module) -> nn.Module:
     if isinstance(first, Stitch) and isinstance(second, Stitch):
         return FoldedStitch.of(first, second)
-    if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
+    if isinstance(first, LinearStitch) and isinstance(second, LinearStitch):
         return _product(first, second)
     raise M2MKDError(
         f"no way is known to fold a {type(first).__name__} and a {type(second).__name__} into one; keep the stitches"
@@ -60,12 +61,21 @@ def _folded(first: nn.Module, second: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _product(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+def _product(first: LinearStitch, second: LinearStitch) -> LinearStitch:
     """`second(first(x))` as one linear map, computed in float64."""
     require_same_cut(first, second)
+    cuts = first.source, first.target, second.target
+    if None not in cuts:
+        places = [(cut.grid, cut.prefix) for cut in cuts]
+        if places[1] not in (places[0], places[2]):
+            raise M2MKDError(
+                f"features are resampled twice, from {cuts[0]} to {cuts[1]} and on to {cuts[2]}, and one stitch "
+                "resamples once; keep the stitches"
+            )
     weight = second.weight.double() @ first.weight.double()
     bias = second.weight.double() @ first.bias.double() + second.bias.double()
-    product = nn.Linear(first.in_features, second.out_features, device=weight.device, dtype=first.weight.dtype)
+    product = LinearStitch(first.in_features, second.out_features, first.source, second.target)
+    product = product.to(first.weight.device, first.weight.dtype)
     product.weight.copy_(weight)
     product.bias.copy_(bias)
     return product.train(first.training)

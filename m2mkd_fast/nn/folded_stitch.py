@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.nn.cut import Cut, rearrange
-from m2mkd_fast.nn.stitch import Stitch
+from m2mkd_fast.nn.stitch import LinearStitch, Stitch
 
 
 class FoldedStitch(nn.Module):
@@ -121,10 +121,9 @@ class FoldedStitch(nn.Module):
         return f"{self.source or self.in_features} -> {self.rank} -> {self.target or self.out_features}"
 
 
-def require_same_cut(first: nn.Module, second: nn.Module) -> None:
+def require_same_cut(first: Stitch | LinearStitch, second: Stitch | LinearStitch) -> None:
     """Raise M2MKDError where the second stitch does not read exactly what the first one gives."""
-    given = getattr(first, "target", None) or first.out_features
-    read = getattr(second, "source", None) or second.in_features
+    given, read = first.target or first.out_features, second.source or second.in_features
     if given != read:
         raise M2MKDError(f"a stitch that gives {given} and one that reads {read} cannot be folded into one")
 

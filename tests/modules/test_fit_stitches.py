@@ -101,6 +101,22 @@ def test_it_is_the_ridge_regression() -> None:
     assert torch.equal(stitch.ln.weight, torch.ones(24).double())
 
 
+@pytest.mark.parametrize(("patch_size", "class_token"), [(8, True), (2, False)])
+def test_sides_with_other_grids_and_tokens_are_paired_where_they_meet(patch_size: int, class_token: bool) -> None:
+    teacher = teacher_chain()
+    torch.manual_seed(1)
+    options = {"patch_size": patch_size, "class_token": class_token, "global_pool": "token" if class_token else "avg"}
+    student = create_model("vit_micro", embed_dim=16, num_heads=2, depth=SLOTS, **options)
+    modules = student_modules(student, SLOTS, teacher.cuts)
+    fits = fit_stitches(modules, teacher, batches(2))
+    tokens = (16 // patch_size) ** 2 + class_token
+    assert {(fit.side, fit.positions) for fit in fits} == {("pre", 48 * tokens), ("post", 48 * 17)}
+    x = torch.cat(batches(2))
+    with torch.no_grad():
+        explained = variance_explained(modules[0].eval()(x), teacher.run(x, 0, 1))
+    assert fits[0].explained == pytest.approx(explained, abs=1e-4)
+
+
 def test_batches_are_summed_as_one_and_a_larger_ridge_explains_less() -> None:
     teacher = teacher_chain()
 

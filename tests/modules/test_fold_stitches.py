@@ -10,8 +10,9 @@ from m2mkd_fast.modules.assemble import assemble
 from m2mkd_fast.modules.fold_stitches import fold_stitches
 from m2mkd_fast.modules.state import load_module, save_module, weights_hash
 from m2mkd_fast.modules.student import student_modules
+from m2mkd_fast.nn.cut import Cut
 from m2mkd_fast.nn.folded_stitch import FoldedStitch
-from m2mkd_fast.nn.stitch import Stitch
+from m2mkd_fast.nn.stitch import LinearStitch, Stitch
 
 WIDTHS = [24, 40, 12]  # wider than the students and narrower
 
@@ -110,5 +111,44 @@ def test_what_cannot_be_folded_is_named() -> None:
     modules = students("vit_micro")
     with pytest.raises(M2MKDError, match="cut between modules 0 and 1: a stitch that gives .*24.* reads .*40"):
         fold_stitches([modules[0], modules[2]])
+    modules = students("vit_micro")
     with pytest.raises(M2MKDError, match="leave `into` out"):
         assemble(modules, into=nn.Identity(), stitches="folded")
+
+
+class End(nn.Module):
+    """A module that is nothing but a linear stitch at one side."""
+
+    def __init__(self, side: str, stitch: LinearStitch) -> None:
+        super().__init__()
+        self.pre_stitch = self.post_stitch = None
+        setattr(self, f"{side}_stitch", stitch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stitch in (self.pre_stitch, self.post_stitch):
+            x = x if stitch is None else stitch(x)
+        return x
+
+
+def linear_ends(source: Cut, middle: Cut, target: Cut) -> list[nn.Module]:
+    torch.manual_seed(0)
+    first, second = LinearStitch(6, 24, source, middle), LinearStitch(24, 5, middle, target)
+    return [End("post", first.double()), End("pre", second.double())]
+
+
+@pytest.mark.parametrize("first_resamples", [True, False])
+def test_linear_stitches_of_maps_fold_where_features_are_resampled_once(first_resamples: bool) -> None:
+    source = Cut(6, "channels_first", (4, 4) if first_resamples else (3, 5))
+    middle = Cut(24, "channels_last", (3, 5))
+    target = Cut(5, "tokens", (3, 5) if first_resamples else (2, 2))
+    kept = linear_ends(source, middle, target)
+    folded = fold_stitches(kept)
+    x = torch.randn(2, 6, *source.grid, dtype=torch.float64)
+    torch.testing.assert_close(folded[1](folded[0](x)), kept[1](kept[0](x)), rtol=1e-12, atol=1e-12)
+    assert folded[1].pre_stitch is None
+
+
+def test_linear_stitches_that_resample_twice_are_refused() -> None:
+    cuts = Cut(6, "channels_first", (4, 4)), Cut(24, "channels_last", (3, 5)), Cut(5, "tokens", (2, 2))
+    with pytest.raises(M2MKDError, match="features are resampled twice, from channels-first maps of width 6 on a grid"):
+        fold_stitches(linear_ends(*cuts))
