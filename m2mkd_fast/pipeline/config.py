@@ -72,7 +72,9 @@ class StudentConfig:
     model: str = "vmoe_micro.m2mkd"
     options: dict[str, Any] = field(default_factory=dict)
     parts: Any = 4
-    stitches: str = "kept"  # "kept": the assembled model keeps its stitches; "dropped": as published
+    stitches: str = "kept"  # of the assembled model: "kept"; "folded", one at each cut; "dropped", as published
+    stitch_init: str = "default"  # "least_squares": fitted to teacher and student features before a pair is distilled
+    stitch_batches: int = 8  # training batches that least squares takes
     tokens: Any = "teacher"  # NAC only: latents of a student module; "teacher" for as many as the teacher has tokens
 
 
@@ -139,7 +141,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "recipe": tuple(RECIPES),
     "meta.source": ("teacher", "labels"),
-    "student.stitches": ("kept", "dropped"),
+    "student.stitches": ("kept", "folded", "dropped"),
+    "student.stitch_init": ("default", "least_squares"),
     "pair.kind": ("soft", "hard"),
     "pair.kd_reduction": ("batchmean", "reference"),
     "pair.prefix": ("teacher", "meta"),
@@ -220,6 +223,8 @@ def check_values(config: RunConfig) -> None:
         isinstance(config.student.tokens, int) and config.student.tokens > 0
     ):
         raise M2MKDError(f"student.tokens must be 'teacher' or a positive count, got {config.student.tokens!r}")
+    if config.student.stitch_batches < 1:
+        raise M2MKDError(f"student.stitch_batches must be at least 1, got {config.student.stitch_batches}")
 
 
 def _check_training(name: str, training: TrainingConfig) -> None:

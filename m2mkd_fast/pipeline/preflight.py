@@ -8,6 +8,7 @@ from timm.optim import list_optimizers
 from m2mkd_fast.data import eval_batches, train_batches
 from m2mkd_fast.distill.tasks import PairTask
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.modules.fit_stitches import fit_stitches
 from m2mkd_fast.modules.meta import check_compatible
 from m2mkd_fast.pipeline.config import phases
 from m2mkd_fast.pipeline.workbench import Workbench
@@ -42,6 +43,8 @@ def preflight(bench: Workbench) -> int:
     images, labels = next(iter(eval_batches(bench.train_split, 2)))
     prefix = teacher if config.pair.prefix == "teacher" else meta
     settings = bench.settings("m2mkd", config.pair.train.label_smoothing)
+    if config.student.stitch_init == "least_squares":
+        fit_stitches(students, teacher, [images], prefix=prefix)
     with torch.no_grad():
         for i, student in enumerate(students):
             try:

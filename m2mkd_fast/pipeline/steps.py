@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from m2mkd_fast.data import train_batches
 from m2mkd_fast.distill.tasks import (
     DistillationSettings,
     MetaFromTeacher,
@@ -19,6 +21,7 @@ from m2mkd_fast.distill.tasks import (
 )
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.modules.chain import ModuleChain
+from m2mkd_fast.modules.fit_stitches import fit_stitches
 from m2mkd_fast.modules.meta import hybrid
 from m2mkd_fast.modules.state import save_module
 from m2mkd_fast.nn.vision_moe import expert_load
@@ -156,11 +159,38 @@ def check_hybrids(result: dict[str, Any], max_drop: float) -> None:
 def _pair(work: _Work) -> dict[str, Any]:
     bench, pair, slot = work.bench, work.config.pair, work.step.slot
     teacher, meta = bench.trained_teacher(), bench.trained_meta()
-    student = bench.student_modules()[slot]
+    prefix = teacher if pair.prefix == "teacher" else meta
+    students = bench.student_modules()
+    student, stitch_fit, flops = students[slot], {}, 0.0
+    # The arm `task` learns from labels alone, so nothing of the teacher's may be in where it starts.
+    if work.config.student.stitch_init == "least_squares" and work.step.arm != "task":
+        with FlopCounterMode(display=False) as counter:
+            stitch_fit = _fit_stitches(bench, students, slot, teacher, prefix)
+        flops = float(counter.get_total_flops())
     settings = bench.settings(work.step.arm, pair.train.label_smoothing)
-    task = PairTask(student, slot, teacher, meta, teacher if pair.prefix == "teacher" else meta, settings)
+    task = PairTask(student, slot, teacher, meta, prefix, settings)
     fitted = work.fit(task, pair.train, lambda module: _in_slot(bench, meta, slot, module))
-    return work.finish(student, fitted, _in_slot(bench, meta, slot, student))
+    fitted = replace(fitted, flops=fitted.flops + flops)
+    return work.finish(student, fitted, _in_slot(bench, meta, slot, student), stitch_fit=stitch_fit)
+
+
+def _fit_stitches(
+    bench: Workbench, students: list[nn.Module], slot: int, teacher: ModuleChain, prefix: ModuleChain
+) -> dict[str, float]:
+    """Fit a module's stitches to training batches; the share of variance that each explains, by its side."""
+    config, device = bench.config, bench.execution.accelerator.device
+    batches = train_batches(
+        bench.train_split,
+        batch_size=config.pair.train.batch_size,
+        seed=bench.seed("stitch batches"),
+        stop=config.student.stitch_batches,
+        augmentation=config.data.augmentation,
+        num_workers=config.data.num_workers,
+    )
+    for module in (*students, teacher, prefix):
+        module.to(device)
+    images = [images.to(device) for images, _ in batches]
+    return {fit.side: fit.explained for fit in fit_stitches(students, teacher, images, slots=[slot], prefix=prefix)}
 
 
 def _end_to_end(work: _Work) -> dict[str, Any]:
@@ -170,7 +200,7 @@ def _end_to_end(work: _Work) -> dict[str, Any]:
         training, model = baseline_training(work.config, len(bench.teacher_chain())), bench.student_model()
     else:
         assemblies = {}
-        for stitches in ("kept", "dropped"):
+        for stitches in ("kept", "folded", "dropped"):
             modules = bench.student_modules()
             for i, module in enumerate(modules):
                 bench.load(module, f"{arm}/pair{i}")

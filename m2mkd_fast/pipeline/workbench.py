@@ -92,9 +92,7 @@ class Workbench:
         return student_modules(model, parts, teacher.cuts, tokens=tokens, image_shape=self.dataset.image_shape)
 
     def assembled(self, modules: list[nn.Module], stitches: str) -> Assembly:
-        if stitches == "kept":
-            return assemble(modules, stitches="kept")
-        return assemble(modules, into=self.student_model(), stitches="dropped")
+        return assemble(modules, into=self.student_model() if stitches == "dropped" else None, stitches=stitches)
 
     def load(self, module: nn.Module, step: str) -> nn.Module:
         """Fill a module with the weights that a finished step made."""
@@ -128,9 +126,10 @@ class Workbench:
         if phase == "MT":
             return hybrid(self.trained_meta(), slot, self.load(self.teacher_chain()[slot], name))
         if phase == "E2E":
-            modular = arm in ("m2mkd", "task") and self.config.student.stitches == "kept"
-            model = assemble(self.student_modules(), stitches="kept").model if modular else self.student_model()
-            return self.load(model, name)
+            stitches = self.config.student.stitches
+            if arm in ("scratch", "distill") or stitches == "dropped":
+                return self.load(self.student_model(), name)
+            return self.load(self.assembled(self.student_modules(), stitches).model, name)
         if phase == "hybrids":
             raise M2MKDError("step hybrids made no model; evaluate teacher, meta, a pair or an arm's e2e")
         return self.load(self.meta() if phase == "PT" else self.teacher_chain(), name)

@@ -33,7 +33,7 @@ def main_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         "training steps",
         f"training {flops.name}s",
         f"time ({seconds.name})",
-        "cold accuracy, stitches kept / dropped (%)",
+        "cold accuracy, stitches kept / folded / dropped (%)",
         "final accuracy (%)",
         "OOD accuracy (%)",
     ]
@@ -185,10 +185,10 @@ def _range_text(counts: Sequence[int]) -> str:
 
 
 def _cold_text(part: dict[str, Any]) -> str:
-    kept, dropped = part["cold_kept_test_accuracy"], part["cold_dropped_test_accuracy"]
-    if kept is None and dropped is None:
+    cold = [part[f"cold_{stitches}_test_accuracy"] for stitches in ("kept", "folded", "dropped")]
+    if not any(cold):
         return spread_text(part["cold_test_accuracy"])
-    return f"{spread_text(kept)} / {spread_text(dropped)}"
+    return " / ".join(spread_text(statistic) for statistic in cold)
 
 
 def _unfinished_text(part: dict[str, Any]) -> str:
@@ -233,7 +233,10 @@ def _pairs_section(results: dict[str, Any]) -> str:
     terms = list(dict.fromkeys(name for _, _, pair in pairs for name in pair["terms"]))
     shares = list(dict.fromkeys(name for _, _, pair in pairs for name in pair["gradient_share"]))
     heads = ["run", "arm", "slot", "steps", "final loss", *(f"{term} term" for term in terms)]
-    heads += [f"gradient share, {name} (%)" for name in shares] + ["hybrid accuracy with the student module (%)"]
+    heads += [f"gradient share, {name} (%)" for name in shares]
+    sides = [side for side in ("pre", "post") if any(side in pair["stitch_fit"] for _, _, pair in pairs)]
+    heads += [f"variance explained by the fitted {side}-stitch (%)" for side in sides]
+    heads.append("hybrid accuracy with the student module (%)")
     rows = []
     for folder, arm, pair in pairs:
         row = [
@@ -244,6 +247,7 @@ def _pairs_section(results: dict[str, Any]) -> str:
         ]
         row += [_loss_text(pair["loss"]), *(_loss_text(pair["terms"].get(term)) for term in terms)]
         row += [_percent_text(pair["gradient_share"].get(name)) for name in shares]
+        row += [_percent_text(pair["stitch_fit"].get(side)) for side in sides]
         rows.append([*row, accuracy_text(pair["test_accuracy"])])
     text = "Losses and gradient shares are means over the last tenth of the logged steps."
     return f"{text}\n\n{_table(*_without_single(heads, rows))}"

@@ -113,11 +113,14 @@ def _differences(accuracy: dict[str, Any]) -> list[str]:
 def _cold(accuracy: dict[str, Any]) -> list[str]:
     notes = []
     for arm in ARMS:
-        kept, dropped, cold = (accuracy["arms"][arm][f"cold_{part}test_accuracy"] for part in ("kept_", "dropped_", ""))
+        part = accuracy["arms"][arm]
+        kept, folded, dropped = (part[f"cold_{name}_test_accuracy"] for name in ("kept", "folded", "dropped"))
+        cold = part["cold_test_accuracy"]
         if kept and dropped:
+            between = f", {folded['mean']:.1f} % with them folded" if folded else ""
             notes.append(
                 f"Before any end-to-end step the assembled {arm} student has {kept['mean']:.1f} % test accuracy with "
-                f"its stitches kept and {dropped['mean']:.1f} % with them dropped."
+                f"its stitches kept{between} and {dropped['mean']:.1f} % with them dropped."
             )
         elif cold and arm in ("task", "m2mkd"):
             notes.append(

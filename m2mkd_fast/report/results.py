@@ -23,6 +23,7 @@ ARM_METRICS = {
     "final_ood_accuracy": "ood_accuracy",
     "cold_test_accuracy": "cold_test_accuracy",
     "cold_kept_test_accuracy": "cold_kept_test_accuracy",
+    "cold_folded_test_accuracy": "cold_folded_test_accuracy",
     "cold_dropped_test_accuracy": "cold_dropped_test_accuracy",
 }
 # Keys that may differ between runs of one configuration: they say which run it is and where and how fast it runs.
@@ -154,9 +155,9 @@ def _accuracy_of_arm(run: Run, arm: str) -> dict[str, Any] | None:
         for p in curve_points(step)
     ]
     accuracies = _metrics(step, ARM_METRICS)
-    # The arm continued from one of the two assemblies; its cold accuracy is that one's where it is not written apart.
+    # The arm continued from one of the assemblies; its cold accuracy is that one's where it is not written apart.
     stitches = (step.result or {}).get("plan", {}).get("stitches")
-    if stitches in ("kept", "dropped") and accuracies[f"cold_{stitches}_test_accuracy"] is None:
+    if stitches in ("kept", "folded", "dropped") and accuracies[f"cold_{stitches}_test_accuracy"] is None:
         accuracies[f"cold_{stitches}_test_accuracy"] = accuracies["cold_test_accuracy"]
     return {**accuracies, "training_steps": step.training_steps, "finished": step.finished, "curve": curve}
 
@@ -187,6 +188,7 @@ def _pair(step: Step) -> dict[str, Any]:
         "loss": _tail_mean([number(line.get("loss")) for line in step.training]),
         "terms": _tail_means(step, "terms"),
         "gradient_share": _tail_means(step, "gradient_share"),
+        "stitch_fit": (step.result or {}).get("stitch_fit") or {},
         "test_accuracy": step.metric("test_accuracy"),
     }
 

@@ -41,6 +41,8 @@ def test_resolved_configuration_reads_back(tmp_path):
         ("recipe: composible", [], r"unknown recipe 'composible'; did you mean 'composable'"),
         ("arms: [m2mdk]", [], r"unknown arm 'm2mdk'; did you mean 'm2mkd'"),
         ("student: {stitches: keep}", [], r"unknown student.stitches 'keep'; did you mean 'kept'"),
+        ("student: {stitch_init: least_square}", [], r"unknown student.stitch_init .*did you mean 'least_squares'"),
+        ("student: {stitch_batches: 0}", [], r"student.stitch_batches must be at least 1, got 0"),
         ("pair: {alpha: 2}", [], r"pair.alpha must be between 0 and 1, got 2"),
         ("e2e: {steps: many}", [], r"many.*e2e.steps"),
         ("e2e: {batch_size: 0}", [], r"e2e.batch_size must be at least 1, got 0"),

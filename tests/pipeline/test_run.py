@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,7 +59,9 @@ def test_every_step_leaves_weights_and_a_result(undisturbed):
     assert torch.__version__.startswith(facts["versions"]["torch"])
     assert facts["data"]["splits"].keys() >= {"train", "test"}
     end = Workbench(config, undisturbed).result("m2mkd/e2e")
-    assert {"test_accuracy", "cold_kept_test_accuracy", "cold_dropped_test_accuracy"} <= end["metrics"].keys()
+    assert {"test_accuracy", *(f"cold_{s}_test_accuracy" for s in ("kept", "folded", "dropped"))} <= end[
+        "metrics"
+    ].keys()
     assert set(Workbench(config, undisturbed).result("m2mkd/pair0")["gradient_share"]) == {
         "task",
         "distillation",
@@ -105,6 +108,47 @@ def test_killed_in_a_phase_and_started_again_it_ends_the_same(undisturbed, tmp_p
     assert victim not in outcome(tmp_path / "run")
     run(config)
     assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+FITTED = {"student": {"stitch_init": "least_squares", "stitch_batches": 3, "stitches": "folded"}}
+
+
+@pytest.fixture(scope="module")
+def fitted_and_folded(tmp_path_factory) -> Path:
+    config = config_of(tmp_path_factory.mktemp("fitted"), FITTED, arms=["m2mkd", "task"])
+    return run(config, only=lambda step: step.name in ("m2mkd/e2e", "task/pair1"))
+
+
+def test_stitches_are_fitted_before_a_pair_and_folded_after_it(fitted_and_folded):
+    bench = Workbench(config_of(fitted_and_folded, FITTED, arms=["m2mkd", "task"]), fitted_and_folded)
+    fits = [bench.result(f"m2mkd/pair{slot}")["stitch_fit"] for slot in range(3)]
+    assert [sorted(fit) for fit in fits] == [["post"], ["post", "pre"], ["pre"]]
+    assert all(0 < explained <= 1 for fit in fits for explained in fit.values())
+    # The arm that learns from labels alone starts from nothing of the teacher's.
+    assert bench.result("task/pair1")["stitch_fit"] == {}
+    end = bench.result("m2mkd/e2e")["metrics"]
+    assert end["cold_folded_test_accuracy"] == pytest.approx(end["cold_kept_test_accuracy"], abs=1.0)
+    assert end["cold_test_accuracy"] == end["cold_folded_test_accuracy"]
+    model = bench.step_model("m2mkd/e2e")
+    assert any(name.endswith("post_stitch.inner.weight") for name in model.state_dict())
+
+
+def test_a_pair_with_fitted_stitches_is_killed_and_ends_the_same(fitted_and_folded, tmp_path):
+    from omegaconf import OmegaConf
+
+    folder, pair = tmp_path / "run", "m2mkd/pair1"
+    shutil.copytree(fitted_and_folded, folder)
+    for step in (pair, "m2mkd/e2e"):
+        shutil.rmtree(folder / "steps" / step)
+    config = config_of(folder, FITTED, arms=["m2mkd", "task"])
+    OmegaConf.save(OmegaConf.create(config.to_dict()), tmp_path / "config.yaml")
+    command = [sys.executable, "-c", KILLER, str(tmp_path / "config.yaml"), f"steps/{pair}", "3"]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert pair not in outcome(folder)
+    run(config, only=lambda step: step.name == pair)
+    assert outcome(folder)[pair] == outcome(fitted_and_folded)[pair]
+    fits = [Workbench(config, path).result(pair)["stitch_fit"] for path in (folder, fitted_and_folded)]
+    assert fits[0] == fits[1]
 
 
 @pytest.mark.slow
@@ -244,6 +288,14 @@ def test_mistakes_are_found_before_any_work(tmp_path, changes, message):
     with pytest.raises(M2MKDError, match=message):
         run(config_of(tmp_path / "run", **changes))
     assert time.monotonic() - started < 20
+    assert not (tmp_path / "run" / "steps").exists()
+
+
+def test_least_squares_without_pairs_of_positions_is_found_before_any_work(tmp_path):
+    changes = {"student__model": "nac_micro.ring", "student__options": {}, "student__tokens": 1}
+    changes |= {"teacher__parts": 4, "teacher__options__depth": 4, "student__stitch_init": "least_squares"}
+    with pytest.raises(M2MKDError, match=r"post-stitch of module 0 reads \[1\] positions where \[17\] are wanted"):
+        run(config_of(tmp_path / "run", **changes))
     assert not (tmp_path / "run" / "steps").exists()
 
 

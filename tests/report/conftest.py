@@ -80,6 +80,8 @@ class RunWriter:
                 line |= {"gradient_share": {"task": 0.6, "distillation": 0.3, "feature": 0.1}}
             lines.append(line)
         result = {"phase": "m2mKD", "arm": arm, "slot": slot, "steps": steps, **cost}
+        if arm == "m2mkd":
+            result["stitch_fit"] = {"pre": 0.9, "post": 0.7} if slot else {"post": 0.7}
         result |= {"metrics": {"test_accuracy": 70.0 + slot}} if finished else {}
         return self.step(f"{arm}/pair{slot}", lines, **(result if finished else {}))
 
@@ -101,6 +103,7 @@ class RunWriter:
             metrics |= {
                 "cold_test_accuracy": cold,
                 "cold_kept_test_accuracy": cold,
+                "cold_folded_test_accuracy": cold - 0.1,
                 "cold_dropped_test_accuracy": cold - 25,
             }
         result: dict[str, Any] = {"phase": "E2E", "arm": arm, "steps": steps, "metrics": metrics}

@@ -57,6 +57,7 @@ def test_accuracies_and_pairs_are_those_written(complete_run: Path) -> None:
     accuracy = results_of(complete_run)["accuracy"]
     part = accuracy["arms"]["m2mkd"]
     assert part["cold_kept_test_accuracy"]["mean"] == 63.8
+    assert part["cold_folded_test_accuracy"]["mean"] == pytest.approx(63.7)
     assert part["cold_dropped_test_accuracy"]["mean"] == pytest.approx(38.8)
     assert part["final_test_accuracy"]["mean"] == run.steps["m2mkd/e2e"].result["metrics"]["test_accuracy"]
     assert [point["step"] for point in part["curve"]] == list(range(0, 401, 25))

@@ -56,10 +56,15 @@ def test_the_report_says_what_the_results_hold(report: Path) -> None:
     text = (report / "report.md").read_text()
     results = json.loads((report / "results.json").read_text())
     final = results["accuracy"]["arms"]["m2mkd"]["final_test_accuracy"]["mean"]
-    assert f"| m2mkd | 1,800 (400 end to end) | 15.6 | 153 | 63.8 / 38.8 | {final:.1f} | {final - 30:.1f} |" in text
+    assert (
+        f"| m2mkd | 1,800 (400 end to end) | 15.6 | 153 | 63.8 / 63.7 / 38.8 | {final:.1f} | {final - 30:.1f} |" in text
+    )
     assert "| scratch | 1,000 | 20.0 | 170 | - |" in text
     assert "| 0 | 80.0 |" in text
     assert "critical path is: task 114 s instead of 153 s and m2mkd 114 s instead of 153 s" in text
+    assert "variance explained by the fitted pre-stitch (%) | variance explained by the fitted post-stitch (%)" in text
+    assert " | - | 70.0 | 70.0 |" in text  # slot 0 of m2mkd: no pre-stitch, then the hybrid's accuracy
+    assert "has 63.8 % test accuracy with its stitches kept, 63.7 % with them folded and 38.8 % with them" in text
     assert "EPYC 7B13" in text
     assert "`0123abcd`" in text
     assert "| `pairs.alpha` | `0.5` |" in text
@@ -204,7 +209,7 @@ def test_the_terminal_table_shows_the_arms(complete_run: Path, tmp_path: Path, r
     rows = [line.split() for line in text.splitlines() if line.strip()]
     assert [row[0] for row in rows[-5:]] == ["teacher", "scratch", "distill", "task", "m2mkd"]
     assert rows[-1][1:6] == ["1,800", "(400", "E2E)", "15.6", "153"]
-    assert "63.8 / 38.8" in text
+    assert "63.8 / 63.7 / 38.8" in text
     assert len(text.splitlines()) < 15
     writer = run_writer(tmp_path / "run")
     writer.e2e("scratch", finished=False)
