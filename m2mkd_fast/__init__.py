@@ -30,6 +30,8 @@ _HOME = {
     "evaluate_accuracy": "evaluate",
     "expert_mlp": "ops.expert_mlp",
     "fastmoe_state_dict": "nn.expert_mlp",
+    "fit_stitches": "modules",
+    "fold_stitches": "modules",
     "hybrid": "modules",
     "inference_routing": "nn.router",
     "list_datasets": "data",

@@ -10,7 +10,7 @@ from torch import nn
 
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.modules.stitches import stitch_owner
-from m2mkd_fast.nn.folded_stitch import FoldedStitch, require_same_cut
+from m2mkd_fast.nn.folded_stitch import FoldedStitch, joined_cuts
 from m2mkd_fast.nn.stitch import LinearStitch, Stitch
 
 
@@ -63,8 +63,7 @@ def _folded(first: nn.Module, second: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _product(first: LinearStitch, second: LinearStitch) -> LinearStitch:
     """`second(first(x))` as one linear map, computed in float64."""
-    require_same_cut(first, second)
-    cuts = first.source, first.target, second.target
+    cuts = joined_cuts(first, second)
     if None not in cuts:
         places = [(cut.grid, cut.prefix) for cut in cuts]
         if places[1] not in (places[0], places[2]):
@@ -74,7 +73,7 @@ def _product(first: LinearStitch, second: LinearStitch) -> LinearStitch:
             )
     weight = second.weight.double() @ first.weight.double()
     bias = second.weight.double() @ first.bias.double() + second.bias.double()
-    product = LinearStitch(first.in_features, second.out_features, first.source, second.target)
+    product = LinearStitch(first.in_features, second.out_features, cuts[0], cuts[2])
     product = product.to(first.weight.device, first.weight.dtype)
     product.weight.copy_(weight)
     product.bias.copy_(bias)

@@ -82,9 +82,9 @@ class FoldedStitch(nn.Module):
         """The two stitches as one, computed in float64; with device, dtype and mode of the first.
 
         Raises:
-            M2MKDError: the second does not read what the first gives, or only one of them knows its cuts.
+            M2MKDError: the second does not read what the first gives.
         """
-        require_same_cut(first, second)
+        cuts = joined_cuts(first, second)
         dtype, device = first.fc.weight.dtype, first.fc.weight.device
         scale, shift = first.ln.weight.double(), first.ln.bias.double()
         weight, bias = first.fc.weight.double() * scale, first.fc.weight.double() @ shift + first.fc.bias.double()
@@ -98,8 +98,7 @@ class FoldedStitch(nn.Module):
         last = second.fc.weight.double()
         outer = (last * second.ln.weight.double()) @ q * math.sqrt(width / rank)
 
-        eps, cuts = (first.ln.eps, second.ln.eps), (first.source, first.target, second.target)
-        folded = cls(features, rank, second.out_features, *eps, *cuts).to(device, dtype)
+        folded = cls(features, rank, second.out_features, first.ln.eps, second.ln.eps, *cuts).to(device, dtype)
         folded.inner.weight.copy_(inner)
         folded.inner.bias.copy_(inner.sum(dim=1) / math.sqrt(features))
         folded.outer.weight.copy_(outer)
@@ -121,11 +120,22 @@ class FoldedStitch(nn.Module):
         return f"{self.source or self.in_features} -> {self.rank} -> {self.target or self.out_features}"
 
 
-def require_same_cut(first: Stitch | LinearStitch, second: Stitch | LinearStitch) -> None:
-    """Raise M2MKDError where the second stitch does not read exactly what the first one gives."""
+def joined_cuts(
+    first: Stitch | LinearStitch, second: Stitch | LinearStitch
+) -> tuple[Cut | None, Cut | None, Cut | None]:
+    """(source, middle, target) of two stitches in a row, all None where neither knows its cuts.
+
+    Raises:
+        M2MKDError: the second stitch does not read what the first one gives.
+    """
     given, read = first.target or first.out_features, second.source or second.in_features
-    if given != read:
-        raise M2MKDError(f"a stitch that gives {given} and one that reads {read} cannot be folded into one")
+    if given == read:
+        return first.source, first.target, second.target
+    cuts = isinstance(given, Cut) and isinstance(read, Cut)
+    # Where one side does not know the grid, a second stitch that rearranges nothing hands on whatever positions come.
+    if cuts and given.agrees_with(read) and second.target == replace(read, width=second.out_features):
+        return first.source, given, replace(given, width=second.out_features)
+    raise M2MKDError(f"a stitch that gives {given} and one that reads {read} cannot be folded into one")
 
 
 def _features_last(cut: Cut) -> Cut:

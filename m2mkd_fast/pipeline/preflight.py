@@ -52,7 +52,8 @@ def preflight(bench: Workbench) -> int:
             except (M2MKDError, RuntimeError) as error:
                 raise M2MKDError(f"pair {i} does not fit together: {error}") from error
         try:
-            bench.assembled(students, "kept").model(images)
+            for stitches in ("kept", "folded"):
+                bench.assembled(students, stitches).model(images)
         except (M2MKDError, RuntimeError) as error:
             raise M2MKDError(f"the student's modules do not fit one another with their stitches: {error}") from error
         # Once taught, no parameter of one module equals that of another: what several modules share shows now.

@@ -106,7 +106,7 @@ def test_missing_and_unexpected_tensors_are_errors_unless_allowed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stitches": "folded"}, "say 'kept' or 'dropped'"),
+        ({"stitches": "fold"}, "say 'kept', 'folded' or 'dropped'"),
         ({"stitches": "kept", "into": vit()}, "leave `into` out"),
         ({"stitches": "dropped"}, "give `into`"),
     ],

@@ -52,6 +52,16 @@ def test_the_folded_chain_is_the_kept_one(kind: str) -> None:
         assert not any(parameter is other for module in modules for other in module.parameters())
 
 
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_a_circuits_latents_need_not_be_as_many_as_the_teachers_tokens(tokens: int) -> None:
+    torch.manual_seed(0)
+    teacher = [Cut(width, "tokens", (4, 4), prefix=1) for width in WIDTHS]
+    modules = student_modules(create_model("nac_micro.ring"), None, teacher, tokens=tokens)
+    modules = [module.double().eval() for module in modules]
+    kept, folded = (assemble(modules, stitches=stitches).model for stitches in ("kept", "folded"))
+    torch.testing.assert_close(folded(images()), kept(images()), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["vmoe_micro.m2mkd", "circuit"])
 def test_float32_differs_by_rounding(kind: str) -> None:
     modules = [module.float() for module in students(kind)]

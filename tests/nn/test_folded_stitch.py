@@ -110,6 +110,15 @@ def test_tokens_of_any_number() -> None:
         agrees(folded, first, second, features(2, tokens, 6))
 
 
+def test_tokens_whose_grid_one_side_does_not_know() -> None:
+    first = trained(6, 24, Cut(6), Cut(24))
+    folded = FoldedStitch.of(first, second := trained(24, 5, TEACHER, Cut(5, "tokens", (4, 4), prefix=1), seed=1))
+    agrees(folded, first, second, features(2, 17, 6))
+    agrees(folded, first, second, features(2, 1, 6))
+    with pytest.raises(M2MKDError, match="cannot be folded"):
+        FoldedStitch.of(first, trained(24, 5, TEACHER, Cut(5, "tokens", (2, 2))))
+
+
 def test_stitches_that_do_not_meet_are_refused() -> None:
     with pytest.raises(M2MKDError, match="a stitch that gives 24 and one that reads 20 cannot be folded"):
         FoldedStitch.of(Stitch(6, 24), Stitch(20, 5))
