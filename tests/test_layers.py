@@ -11,10 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "m2mkd_fast"
 # Lower rooms first. A room may import itself, those before it, and what is listed for it.
 FLOORS = ["kernels", "ops", "nn", "models", "modules", "distill", "pipeline", "cli"]
 FOUNDATION = {"errors", "atomic", "autocast", "backend", "checks", "_extension", "__init__", "__version__"}
-SIDE_ROOMS = {"data", "evaluate", "report", "info"}
+SIDE_ROOMS = {"data", "evaluate", "interop", "report", "info"}
 USERS_OF_SIDE_ROOMS = {"pipeline", "cli"}
 
-SIDE_ROOMS_MAY_IMPORT = {"data": set(), "evaluate": {"data"}, "report": set(), "info": {"ops"}}
+SIDE_ROOMS_MAY_IMPORT = {
+    "data": set(),
+    "evaluate": {"data"},
+    "interop": {"ops", "nn", "models", "modules", "patch"},
+    "report": set(),
+    "info": {"ops"},
+}
 
 
 def room_of(path: Path) -> str:
