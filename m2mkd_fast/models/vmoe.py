@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
@@ -92,6 +93,7 @@ class VMoE(VisionTransformer):
         expert_drop: float = 0.0,
         expert_act_layer: Callable[[], nn.Module] | str | None = None,
         divided_depths: Sequence[int] | None = None,
+        representation_size: int | None = None,
         **arguments: Any,
     ) -> None:
         depth = _depth(depth, divided_depths)
@@ -112,6 +114,11 @@ class VMoE(VisionTransformer):
             return VMoEBlock(moe_layer=moe_layer if depth in positions else None, depth=depth, **block_arguments)
 
         super().__init__(depth=depth, block_fn=block, **arguments)
+        if representation_size is not None:
+            pre_logits = nn.Linear(self.num_features, representation_size)
+            logits = nn.Linear(representation_size, self.num_classes)
+            layers = {"pre_logits": pre_logits, "tanh": nn.Tanh(), "logits": logits}
+            self.head = nn.Sequential(OrderedDict(layers)).apply(init_weights_vit_timm)
         self.moe_blocks = positions
         self.divided_depths = None if divided_depths is None else tuple(divided_depths)
         self._register_stages()

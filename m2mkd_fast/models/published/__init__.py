@@ -1,0 +1,150 @@
+"""Released checkpoints under our names, and ours under theirs.
+
+Read: Neural Attentive Circuits and their student modules, V-MoE and its student modules, Deep Incubation's Vision
+Transformers, meta models and teacher modules, and the official V-MoE's flax parameters. What a file is, its tensors'
+names and shapes say, never its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from m2mkd_fast.atomic import write_atomically
+from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.published import circuits, transformers
+from m2mkd_fast.models.published.files import published_checkpoint, read_file, write_tree
+from m2mkd_fast.models.published.flax import from_flax, is_flax, to_flax
+from m2mkd_fast.models.published.layouts import pack, unpack
+from m2mkd_fast.models.published.names import check_names, grouped
+from m2mkd_fast.models.published.record import Published
+
+__all__ = ["Published", "identify", "published_checkpoint", "read_published", "write_published"]
+
+# Options that say something about the file, and not about the model to build.
+FACTS = ("block_index", "divided_depths", "model_name", "slot")
+
+
+def read_published(path: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Published:
+    """Read a released checkpoint: a `.pth` of m2mKD, Deep Incubation or NAC, or an `.npz` of the official V-MoE.
+
+    Nothing is unpickled but tensors and plain values. Optimizer states and the like are left out, and named in the
+    result.
+
+    Args:
+        path: the file; also one that `write_published` wrote.
+        options: what weights do not show: `num_heads`, `top_k`, `graph` (of a circuit), any other override of the
+            model; `weights` (the entry of the file, such as `model_ema`); `slot`, `model_name`, `block_index`,
+            `divided_depths`, as facts of the result; `tokens` (latents of a circuit's read-in).
+
+    Raises:
+        M2MKDError: no file, a damaged one, one that needs pickle, one with foreign, missing or misshapen names (all of
+            them, with the nearest of ours), one that contradicts itself, or an option that is needed.
+
+    Example:
+        >>> published = read_published("vmoe_base.pth")
+        >>> published.kind, published.model
+        ('vmoe', 'vmoe_base.m2mkd')
+        >>> model = published.build()
+    """
+    options = dict(options or {})
+    weights = options.pop("weights", None)
+    contents = read_file(path)
+    if is_flax(contents.tree):
+        state, heads, left_out = from_flax(contents.tree)
+        options.setdefault("num_heads", heads)
+        facts: dict[str, Any] = {}
+    else:
+        state, facts, left_out = unpack(contents.tree, path, weights)
+    published = identify(state, options, path, facts)
+    return replace(published, left_out=tuple(left_out))
+
+
+def identify(
+    state: Mapping[str, Tensor],
+    options: Mapping[str, Any] | None = None,
+    source: str | os.PathLike[str] = "the state",
+    facts: Mapping[str, Any] | None = None,
+) -> Published:
+    """What a state is whose names are ours: which model, or module of one, with which options.
+
+    Args:
+        state: tensors by name, a V-MoE's without their second names `stages.<i>.*`.
+        options: as in :func:`read_published`.
+        source: where the state comes from, for error messages.
+        facts: plain values to keep with it.
+
+    Raises:
+        M2MKDError: foreign, missing or misshapen names; an option that is needed.
+    """
+    options = dict(options or {})
+    facts = dict(facts or {}) | {name: options.pop(name) for name in FACTS if name in options}
+    state = dict(state)
+    if circuits.is_circuit(state):
+        published = circuits.identify(state, options, facts)
+    elif transformers.is_transformer(state):
+        published = transformers.identify(state, options, facts)
+    else:
+        raise M2MKDError(
+            f"{os.fspath(source)} is neither a circuit, nor a Vision Transformer, a V-MoE or a module of one; its "
+            f"{len(state)} names are "
+            + "; ".join(grouped(state))
+            + ". Ours begin with latent_graphs, read_in, latent_attention or blocks.<i>; weights of another model of "
+            "timm's are loaded by timm.create_model(..., checkpoint_path=...)"
+        )
+    part = "" if published.part is None else f"the {published.part} module of "
+    check_names(published.state, published.expected(), source, f"{part}{published.model} with {published.options}")
+    return published
+
+
+def write_published(path: str | os.PathLike[str], published: Published) -> tuple[str, ...]:
+    """Write a checkpoint in the published layout; the result names tensors of ours that it has no place for.
+
+    A path that ends in `.npz` gets the official V-MoE's flax parameters; any other one gets what the published PyTorch
+    code saves, as safetensors with the structure in JSON: :func:`published_checkpoint` gives the dict again, which
+    `torch.save` makes a `.pth` of. `read_published` reads both.
+
+    Raises:
+        M2MKDError: the layout cannot hold the model or needs a fact that is missing; a path that asks for a pickle.
+    """
+    path = Path(path)
+    if path.suffix in (".pth", ".pt", ".bin", ".pkl"):
+        raise M2MKDError(
+            f"{path.name} would be a pickle, and none is written here; write {path.stem}.safetensors, then "
+            f'`torch.save(published_checkpoint("{path.stem}.safetensors"), "{path.name}")` where the published code '
+            "needs it"
+        )
+    if path.suffix != ".npz":
+        tree, left_out = pack(published)
+        write_tree(path, tree)
+        return tuple(left_out)
+    if published.kind != "vmoe":
+        raise M2MKDError(f"a {published.kind} has no layout as .npz; give a file name that ends in .safetensors")
+    write_atomically(path, lambda temporary: _save_npz(temporary, _flax_arrays(published)))
+    return ()
+
+
+def _flax_arrays(published: Published) -> dict[str, Tensor]:
+    import torch
+
+    with torch.device("meta"):
+        heads = published.fresh().blocks[0].attn.num_heads
+    return to_flax(published.state, heads)
+
+
+def _save_npz(path: Path, arrays: Mapping[str, Tensor]) -> None:
+    import numpy as np
+    import torch
+
+    plain = {
+        # NumPy has no bfloat16; two opaque bytes are what it makes of JAX's.
+        name: tensor.view(torch.int16).numpy().view("V2") if tensor.dtype == torch.bfloat16 else tensor.numpy()
+        for name, tensor in arrays.items()
+    }
+    with open(path, "wb") as file:
+        np.savez(file, **plain)
