@@ -9,16 +9,20 @@ from collections.abc import Callable
 from torch import nn
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.models.blueprint import Blueprint, remember
 
 Builder = Callable[..., nn.Module]
 
 # A model file registers its names when it is imported, which happens when a name of its family is first asked for: what
-# a family needs (timm, and with it torchvision) is not loaded before.
+# a family needs (timm, and with it torchvision) is not loaded before. A chain of student modules is a model too: it is
+# named here, though the room of modules lies above this one, and looked up like the others.
 FAMILIES = {
+    "chain": "m2mkd_fast.modules.student_chain",
     "nac": "m2mkd_fast.models.nac",
     "vit": "m2mkd_fast.models.vit",
     "vmoe": "m2mkd_fast.models.vmoe",
 }
+SAVED = ("local-dir:", "hf-hub:")
 _builders: dict[str, Builder] = {}
 
 
@@ -44,28 +48,36 @@ def register_model(name: str) -> Callable[[Builder], Builder]:
 
 
 def create_model(name: str, **overrides: object) -> nn.Module:
-    """Build a model by its name, with fresh weights.
+    """Build a model by its name, with fresh weights, or a saved one with its weights.
 
     The names are those of `list_models()`: the published variants (`nac_tiny.scale_free`, `vmoe_base.m2mkd`, ...), tiny
     ones of the same families for tests and demonstrations (`vit_micro`, `vmoe_micro.m2mkd`, `nac_micro.ring`), and all
-    models of timm (built with `pretrained=False`; load weights with `m2mkd_fast.modules.load_strict`). Every model of
-    ours takes `num_classes`, `img_size` and `in_chans`; the other overrides are those of its family.
+    models of timm (built with `pretrained=False`). Every model of ours takes `num_classes`, `img_size` and `in_chans`;
+    the other overrides are those of its family.
+
+    `local-dir:FOLDER` and `hf-hub:OWNER/NAME[@REVISION]` are saved models: see
+    :func:`m2mkd_fast.models.pretrained.from_pretrained`, which reads them.
 
     Raises:
         UnknownNameError: no model has this name; the message lists near ones.
-        M2MKDError: an override that this model does not have.
+        M2MKDError: an override that this model does not have, or a saved model that cannot be had or does not fit.
 
     Example:
         >>> teacher = create_model("vit_base_patch16_224", num_classes=100)
         >>> student = create_model("vmoe_base.m2mkd", num_classes=100)
         >>> small = create_model("vit_micro", in_chans=3, depth=4)
+        >>> trained = create_model("hf-hub:timm/resnet18.a1_in1k")
     """
+    if name.startswith(SAVED):
+        from m2mkd_fast.models.pretrained import from_pretrained
+
+        return from_pretrained(name, **overrides)
     family = name.split(".")[0].split("_")[0]
     if name not in _builders and family in FAMILIES:
         importlib.import_module(FAMILIES[family])
     builder = _builders[name] if name in _builders else _timm_builder(name)
     try:
-        return builder(**overrides)
+        return remember(builder(**overrides), Blueprint(name, overrides))
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.modules.chain import ModuleChain
 from m2mkd_fast.modules.fold_stitches import fold_stitches
+from m2mkd_fast.modules.origin import remember_chain
 from m2mkd_fast.modules.split import split
 from m2mkd_fast.modules.state import is_stitch, load_strict
 
@@ -71,6 +72,7 @@ def assemble(
         if into is not None:
             raise M2MKDError(f"{stitches} stitches make a chain of the modules; leave `into` out, or drop stitches")
         chain = ModuleChain(modules if stitches == "kept" else fold_stitches(modules))
+        remember_chain(chain, modules, stitches)
         origins = {name: _chain_origin(name) for name in chain.state_dict()}
         return Assembly(chain, origins)
     if into is None:

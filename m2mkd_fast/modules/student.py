@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.modules.origin import remember_origin
 from m2mkd_fast.modules.split import Parts, split
 from m2mkd_fast.nn.cut import Cut
 
@@ -54,6 +55,7 @@ def student_modules(
         modules = _stages(model, parts, cuts, image_shape)
     for slot, module in enumerate(modules):
         module.slot = slot
+    remember_origin(modules, model, parts, cuts, tokens)
     return modules
 
 

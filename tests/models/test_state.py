@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models import state as state_module
 from m2mkd_fast.models.registry import create_model
-from m2mkd_fast.modules import state as state_module
+from m2mkd_fast.models.state import is_stitch, load_module, load_strict, read_state, save_module, weights_hash
 from m2mkd_fast.modules.split import split
-from m2mkd_fast.modules.state import is_stitch, load_module, load_strict, read_state, save_module, weights_hash
 
 
 class Twice(nn.Module):

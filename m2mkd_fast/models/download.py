@@ -1,0 +1,102 @@
+"""A repository of the Hugging Face Hub as a local folder, known by its commit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2mkd_fast.errors import M2MKDError
+
+_log = logging.getLogger("m2mkd_fast")
+PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+
+
+def download(repository: str, revision: str | None = None) -> tuple[Path, str]:
+    """Fetch the configuration and the weights of a repository, or take them from the cache.
+
+    Only what a model is read from is fetched: `config.json` and `model.safetensors` where they are there, else the
+    files of a published checkpoint. Where the hub cannot be reached, the copy in the cache is taken, with a warning
+    that says its commit.
+
+    Args:
+        repository: `owner/name`.
+        revision: a branch, a tag or a commit; the main branch by default.
+
+    Returns:
+        The folder, and the commit that it holds.
+
+    Raises:
+        M2MKDError: no such repository or revision, no access to it, no weights in it; or the hub cannot be reached and
+            the cache has no copy.
+    """
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import (
+            HFValidationError,
+            HTTPError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError as error:
+        raise M2MKDError(f"hf-hub:{repository} needs huggingface_hub ({error}); pip install huggingface_hub") from error
+    what = f"hf-hub:{repository}" + (f"@{revision}" if revision else "")
+    try:
+        facts = HfApi().model_info(repository, revision=revision, timeout=30)
+        files = wanted_files([file.rfilename for file in facts.siblings or ()], what)
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+    except HFValidationError as error:
+        raise M2MKDError(f"{what} is no name of a repository ({error}); write hf-hub:owner/name") from error
+    except RepositoryNotFoundError as error:  # also what a gated or private one answers
+        raise M2MKDError(
+            f"{what}: there is no such repository, or you may not read it; check the spelling, and log in with "
+            "`hf auth login` for a private or gated one"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise M2MKDError(
+            f"{what}: the repository has no such revision; give a branch, a tag or a whole commit"
+        ) from error
+    except (HTTPError, OSError) as error:
+        return _cached(repository, revision, what, error)
+    return folder, folder.name
+
+
+def wanted_files(names: Sequence[str], what: str) -> list[str]:
+    """Which of a repository's files a model is read from; M2MKDError where there are none that may be read."""
+    if "config.json" in names and "model.safetensors" in names:
+        return ["config.json", "model.safetensors"]
+    if "model.safetensors.index.json" in names:
+        raise M2MKDError(f"{what}: the weights are in several files (shards), which is not supported; join them first")
+    files = [name for name in names if name.endswith((".safetensors", ".npz", ".json"))]
+    if not any(name.endswith((".safetensors", ".npz")) for name in files):
+        files += [name for name in names if name.endswith(PICKLES)]
+    if all(name.endswith(".json") for name in files):
+        raise M2MKDError(f"{what}: the repository has no weights; it holds {', '.join(names) or 'no files'}")
+    return files
+
+
+def _cached(repository: str, revision: str | None, what: str, reason: Exception) -> tuple[Path, str]:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    summary = str(reason).strip().split("\n")[0] or type(reason).__name__
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        repositories = frozenset()
+    for cached in repositories:
+        if cached.repo_type != "model" or cached.repo_id != repository:
+            continue
+        for copy in cached.revisions:
+            if (revision or "main") in copy.refs or copy.commit_hash == revision:
+                _log.warning(
+                    "%s: the hub cannot be reached (%s); using the cached copy of commit %s, which may be old",
+                    what,
+                    summary,
+                    copy.commit_hash,
+                )
+                return copy.snapshot_path, copy.commit_hash
+    raise M2MKDError(
+        f"{what}: the hub cannot be reached ({summary}) and the cache has no copy of it; try again later, or give a "
+        "folder with local-dir:FOLDER"
+    ) from reason

@@ -1,0 +1,214 @@
+"""Weights in memory and in files: loaded strictly, written atomically, known by their hash."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from m2mkd_fast.atomic import write_atomically
+from m2mkd_fast.errors import M2MKDError
+
+FORMAT = "m2mkd_fast.module/1"
+STITCHES = frozenset({"pre_stitch", "post_stitch"})
+
+
+class Loaded(NamedTuple):
+    """What a load left out, all of it listed by the caller: names the source lacks, and names the module lacks."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def is_stitch(name: str) -> bool:
+    """Whether a state name belongs to a stitch: one of its dotted components is `pre_stitch` or `post_stitch`."""
+    return not STITCHES.isdisjoint(name.split("."))
+
+
+def load_strict(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str | os.PathLike[str],
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    origins: Mapping[str, str] | None = None,
+) -> Loaded:
+    """Copy a state dict into a module, in the module's dtypes; nothing is left out unless it is listed.
+
+    A tensor that the module holds under several names (V-MoE: `blocks.3.*` and `stages.1.blocks.0.*`) is complete with
+    any one of them; where several are given they must agree.
+
+    Args:
+        module: what to load into; on an error it is unchanged.
+        state: tensors by name.
+        source: where they come from (a file, a slot), for the error message.
+        allow_missing: shell patterns of names that the state may lack.
+        allow_unexpected: shell patterns of names that the module may lack.
+        origins: where single tensors of the state come from, for the error message.
+
+    Raises:
+        M2MKDError: names every missing, unexpected, misshapen and contradictory tensor, and the source; or the module
+            has no memory to copy into (it is on the meta device).
+    """
+    target = module.state_dict(keep_vars=True)
+    if any(tensor.is_meta for tensor in target.values()):
+        raise M2MKDError(
+            f"{os.fspath(source)} cannot be loaded into a {type(module).__name__} on the meta device, which has no "
+            "memory; build the module on a real device"
+        )
+    origins = origins or {}
+
+    def described(name: str, shape: torch.Size) -> str:
+        return f"{name} {list(shape)}" + (f" from {origins[name]}" if name in origins else "")
+
+    given = {id(target[name]) for name in state if name in target}
+    missing = [name for name, tensor in target.items() if id(tensor) not in given]
+    unexpected = [name for name in state if name not in target]
+    problems = [
+        f"missing {described(name, target[name].shape)}" for name in missing if not _matches(name, allow_missing)
+    ]
+    problems += [
+        f"unexpected {described(name, state[name].shape)}"
+        for name in unexpected
+        if not _matches(name, allow_unexpected)
+    ]
+    first_name: dict[int, str] = {}
+    for name in state:
+        if name not in target:
+            continue
+        if state[name].shape != target[name].shape:
+            problems.append(
+                f"misshapen {described(name, state[name].shape)}, the module has {list(target[name].shape)}"
+            )
+            continue
+        first = first_name.setdefault(id(target[name]), name)
+        if state[first] is not state[name] and not torch.equal(state[first], state[name]):
+            problems.append(f"contradictory {first} and {name}: one tensor of the module, two values")
+    if problems:
+        raise M2MKDError(
+            f"{os.fspath(source)} does not fit {type(module).__name__}, {len(problems)} problems: "
+            + "; ".join(problems)
+            + ". Build the model with the configuration the weights were made with, or list what may be left out in "
+            "allow_missing and allow_unexpected"
+        )
+    with torch.no_grad():
+        for name in first_name.values():
+            target[name].copy_(state[name])
+    return Loaded(tuple(missing), tuple(unexpected))
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256, in hex, of a module's state: names (sorted), dtypes, shapes and bytes of all tensors.
+
+    It does not depend on the device, on memory layout, nor on which names share a tensor.
+    """
+    return _hash(module.state_dict())
+
+
+def save_module(path: str | os.PathLike[str], module: nn.Module, metadata: Mapping[str, object]) -> str:
+    """Write a module's state and JSON-able metadata to a safetensors file; the result is `weights_hash(module)`.
+
+    The file appears complete or not at all: it is written beside its place, flushed to the disk and renamed. A tensor
+    with several names is stored once.
+
+    Raises:
+        M2MKDError: the file cannot be written, or the metadata is no JSON.
+    """
+    path = Path(path)
+    aliases: dict[str, str] = {}
+    stored: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(tensor), name)
+        if first != name:
+            aliases[name] = first
+        else:
+            stored[name] = tensor.detach()
+    digest = _hash(module.state_dict())
+    try:
+        header = {
+            "format": FORMAT,
+            "metadata": json.dumps(dict(metadata)),
+            "aliases": json.dumps(aliases),
+            "weights_hash": digest,
+        }
+    except TypeError as error:
+        raise M2MKDError(f"metadata for {path} is not JSON: {error}; give numbers, strings, lists and dicts") from error
+    write_atomically(path, lambda temporary: save_file(_own_memory(stored), temporary, metadata=header))
+    return digest
+
+
+def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """State (all names of a shared tensor restored) and metadata of a file written by `save_module`, on the CPU.
+
+    Raises:
+        M2MKDError: no such file, a truncated or altered one, or one that `save_module` has not written.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise M2MKDError(f"there is no file {path}; run the step that makes it, or correct the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise M2MKDError(
+                    f"{path} is a safetensors file of another program (its format is {header.get('format')!r}, "
+                    f"{FORMAT!r} is expected); read it with safetensors and load it with `load_strict`"
+                )
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise M2MKDError(
+            f"{path} is truncated or no safetensors file: {error}; delete it and run the step that makes it again"
+        ) from error
+    for name, first in json.loads(header["aliases"]).items():
+        state[name] = state[first]
+    if _hash(state) != header["weights_hash"]:
+        raise M2MKDError(
+            f"the weights in {path} are not those that were written (their hash differs); delete it and run the step "
+            "that makes it again"
+        )
+    return state, json.loads(header["metadata"]) | {"weights_hash": header["weights_hash"]}
+
+
+def load_module(path: str | os.PathLike[str], module: nn.Module) -> dict[str, object]:
+    """Load a file written by `save_module` into a module, strictly.
+
+    The result is the metadata the file was written with, and its `weights_hash`. Raises M2MKDError as `read_state` and
+    `load_strict` do.
+    """
+    state, metadata = read_state(path)
+    load_strict(module, state, path)
+    return metadata
+
+
+def _hash(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors contiguous, and copied where two of them overlap: safetensors refuses shared memory."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone().contiguous() if storage in seen else tensor.contiguous()
+        seen.add(storage)
+    return result
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
