@@ -43,6 +43,7 @@ _HOME = {
     "plan_tiles": "models.nac",
     "prune_latents": "models.nac",
     "pruning_frontier": "pipeline.pruning",
+    "push_to_hub": "interop.hub",
     "register_model": "models",
     "reorder_latents": "models.nac",
     "route": "ops.route",

@@ -76,12 +76,12 @@ def wanted_files(names: Sequence[str], what: str) -> list[str]:
 
 
 def _cached(repository: str, revision: str | None, what: str, reason: Exception) -> tuple[Path, str]:
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     summary = str(reason).strip().split("\n")[0] or type(reason).__name__
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         repositories = frozenset()
     for cached in repositories:

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hub_server import Hub, running_hub
+
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.interop.hub import push_to_hub, run_provenance
+from m2mkd_fast.models.blueprint import blueprint_of
+from m2mkd_fast.models.pretrained import from_pretrained, save_pretrained
+from m2mkd_fast.models.registry import create_model
+
+pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install huggingface_hub")
+SMALL = {"depth": 2, "embed_dim": 16, "num_heads": 2, "num_experts": 2}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with running_hub(monkeypatch, tmp_path / "cache") as hub:
+        yield hub
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return create_model("vmoe_micro.m2mkd", **SMALL).eval()
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_pushed_model_comes_back_and_its_revision_is_noted(hub: Hub, model: torch.nn.Module) -> None:
+    commit = push_to_hub(model, "me/digits", private=True, provenance={"data": "digits", "results": {"accuracy": 97.5}})
+    assert hub.private == {"me/digits": True}
+    assert set(hub.repositories["me/digits"][-1][1]) == {"config.json", "model.safetensors", "README.md"}
+    for name in ("hf-hub:me/digits", "hf-hub:me/digits@main", f"hf-hub:me/digits@{commit}"):
+        back = create_model(name)
+        assert same(model, back)
+        assert blueprint_of(back).weights == f"hf-hub:me/digits@{commit}"
+    assert same(model, from_pretrained("me/digits"))
+    assert set(hub.downloads) == {"config.json", "model.safetensors"}  # the rest of a repository stays there
+
+
+def test_started_from_stands_in_what_is_saved_next(hub: Hub, model: torch.nn.Module, tmp_path: Path) -> None:
+    commit = push_to_hub(model, "me/digits")
+    folder = save_pretrained(create_model("hf-hub:me/digits"), tmp_path / "next")
+    assert json.loads((folder / "config.json").read_text())["started_from"] == f"hf-hub:me/digits@{commit}"
+    assert commit in (folder / "README.md").read_text()
+
+
+def test_old_revision_stays_available(hub: Hub, model: torch.nn.Module) -> None:
+    first = push_to_hub(model, "me/digits")
+    other = create_model("vmoe_micro.m2mkd", **SMALL)
+    push_to_hub(other, "me/digits")
+    assert same(create_model(f"hf-hub:me/digits@{first}"), model)
+    assert same(create_model("hf-hub:me/digits"), other)
+
+
+def test_dry_run_sends_nothing(hub: Hub, model: torch.nn.Module, tmp_path: Path) -> None:
+    folder = push_to_hub(model, "me/digits", dry_run=tmp_path / "dry", provenance={"data": "digits"})
+    assert not hub.repositories
+    assert same(create_model(f"local-dir:{folder}"), model)
+
+
+def test_unknown_repository_revision_and_name(hub: Hub, model: torch.nn.Module) -> None:
+    push_to_hub(model, "me/digits")
+    with pytest.raises(M2MKDError, match="no such repository"):
+        create_model("hf-hub:me/digit")
+    with pytest.raises(M2MKDError, match="no such revision"):
+        create_model("hf-hub:me/digits@v2")
+    with pytest.raises(M2MKDError, match="write hf-hub:owner/name"):
+        create_model("hf-hub:me/digits/more")
+    with pytest.raises(M2MKDError, match="write owner/name"):
+        push_to_hub(model, "me/digits/more")
+
+
+@pytest.mark.parametrize("revision", ["", "@main"])
+def test_outage_takes_the_cached_copy_and_says_which(
+    hub: Hub, model: torch.nn.Module, caplog: pytest.LogCaptureFixture, revision: str
+) -> None:
+    commit = push_to_hub(model, "me/digits")
+    create_model("hf-hub:me/digits")
+    hub.down = True
+    with caplog.at_level(logging.WARNING, logger="m2mkd_fast"):
+        back = create_model(f"hf-hub:me/digits{revision}")
+    assert same(back, model)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "m2mkd_fast"]
+    assert len(warnings) == 1 and commit in warnings[0] and "cannot be reached" in warnings[0]
+    assert same(create_model(f"hf-hub:me/digits@{commit}"), model)
+
+
+def test_no_network_at_all_takes_the_cached_copy(
+    hub: Hub, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    push_to_hub(model, "me/digits")
+    create_model("hf-hub:me/digits")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    assert same(create_model("hf-hub:me/digits"), model)
+
+
+def test_outage_without_a_copy_is_an_error(hub: Hub, model: torch.nn.Module) -> None:
+    hub.down = True
+    with pytest.raises(M2MKDError, match=r"cannot be reached .* no copy"):
+        create_model("hf-hub:me/digits")
+    with pytest.raises(M2MKDError, match=r"upload to me/digits failed"):
+        push_to_hub(model, "me/digits")
+
+
+def test_only_pickles_are_refused(hub: Hub) -> None:
+    timms = json.dumps({"architecture": "resnet18", "num_classes": 10}).encode()
+    hub.add("me/pickled", {"config.json": timms, "pytorch_model.bin": b"not opened"})
+    with pytest.raises(M2MKDError, match=r"pickles, which are not opened: pytorch_model.bin"):
+        create_model("hf-hub:me/pickled")
+    hub.add("me/empty", {"notes.txt": b""})
+    with pytest.raises(M2MKDError, match=r"no weights; it holds notes.txt"):
+        create_model("hf-hub:me/empty")
+    hub.add("me/shards", {"config.json": b"{}", "model.safetensors.index.json": b"{}"})
+    with pytest.raises(M2MKDError, match="shards"):
+        create_model("hf-hub:me/shards")
+
+
+def test_timms_repositories(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = timm.create_model("test_resnet", num_classes=7)
+    timm.models.save_for_hf(source, tmp_path / "timm", safe_serialization=True)
+    commit = hub.add("timm/tiny", tmp_path / "timm")
+    model = create_model("hf-hub:timm/tiny")
+    assert same(model, source) and model.num_classes == 7
+    assert blueprint_of(model).weights == f"hf-hub:timm/tiny@{commit}"
+    assert same(create_model(f"local-dir:{save_pretrained(model, tmp_path / 'ours')}"), source)
+    with caplog.at_level(logging.WARNING, logger="m2mkd_fast"):
+        assert create_model("hf-hub:timm/tiny", num_classes=3).num_classes == 3
+    assert "classifier of 7 classes is left out" in caplog.text
+    hub.add("timm/odd", {**hub.repositories["timm/tiny"][0][1], "config.json": b'{"architecture": "test_resnot"}'})
+    with pytest.raises(UnknownNameError, match="test_resnet"):
+        create_model("hf-hub:timm/odd")
+
+
+def test_weights_that_do_not_fit_timms_model_are_named(hub: Hub, tmp_path: Path) -> None:
+    timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path / "timm", safe_serialization="both")
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    files = {path.name: path.read_bytes() for path in (tmp_path / "timm").iterdir()}
+    hub.add("timm/wrong", files | {"config.json": json.dumps({**config, "architecture": "test_resnet50"}).encode()})
+    with pytest.raises(M2MKDError):
+        create_model("hf-hub:timm/wrong")
+
+
+def test_provenance_of_a_run(tmp_path: Path) -> None:
+    step = tmp_path / "steps" / "m2mkd" / "e2e"
+    step.mkdir(parents=True)
+    (step / "result.json").write_text(json.dumps({"metrics": {"test_accuracy": 98.0, "many": [1]}, "steps": 100}))
+    (tmp_path / "config.yaml").write_text("name: digits_vmoe\nseed: 1\ndata: {spec: digits}\n")
+    (tmp_path / "run.json").write_text(json.dumps({"commit": "abc", "versions": {"torch": "2"}}))
+    facts = run_provenance(tmp_path, "m2mkd/e2e")
+    assert facts["results"] == {"test_accuracy": 98.0}
+    assert facts["commit"] == "abc" and facts["data"] == "digits" and facts["config"]["seed"] == 1
+    with pytest.raises(M2MKDError, match="scratch"):
+        run_provenance(tmp_path, "scratch/e2e")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(M2MKDError, match="damaged"):
+        run_provenance(tmp_path, "m2mkd/e2e")
