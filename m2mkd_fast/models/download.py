@@ -9,14 +9,15 @@ from pathlib import Path
 from m2mkd_fast.errors import M2MKDError
 
 _log = logging.getLogger("m2mkd_fast")
+SAFE = (".safetensors", ".npz")
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
 def download(repository: str, revision: str | None = None) -> tuple[Path, str]:
     """Fetch the configuration and the weights of a repository, or take them from the cache.
 
-    Only what a model is read from is fetched: `config.json` and `model.safetensors` where they are there, else the
-    files of a published checkpoint. Where the hub cannot be reached, the copy in the cache is taken, with a warning
+    Only what a model is read from is fetched: `config.json`, and `model.safetensors` or else the one file of weights
+    that is there. Where the hub cannot be reached, the copy in the cache is taken, with a warning
     that says its commit.
 
     Args:
@@ -62,17 +63,23 @@ def download(repository: str, revision: str | None = None) -> tuple[Path, str]:
 
 
 def wanted_files(names: Sequence[str], what: str) -> list[str]:
-    """Which of a repository's files a model is read from; M2MKDError where there are none that may be read."""
-    if "config.json" in names and "model.safetensors" in names:
-        return ["config.json", "model.safetensors"]
-    if "model.safetensors.index.json" in names:
-        raise M2MKDError(f"{what}: the weights are in several files (shards), which is not supported; join them first")
-    files = [name for name in names if name.endswith((".safetensors", ".npz", ".json"))]
-    if not any(name.endswith((".safetensors", ".npz")) for name in files):
-        files += [name for name in names if name.endswith(PICKLES)]
-    if all(name.endswith(".json") for name in files):
-        raise M2MKDError(f"{what}: the repository has no weights; it holds {', '.join(names) or 'no files'}")
-    return files
+    """Which of a repository's files a model is read from; M2MKDError where that is not one file of weights.
+
+    A file that no pickle is needed for comes before one that is a pickle.
+    """
+    if "model.safetensors" in names:
+        weights = ["model.safetensors"]
+    else:
+        safe = [name for name in names if name.endswith(SAFE)]
+        weights = safe or [name for name in names if name.endswith(PICKLES)]
+    if not weights:
+        raise M2MKDError(f"{what} has no weights; it holds {', '.join(sorted(names)) or 'no files'}")
+    if len(weights) > 1:
+        raise M2MKDError(
+            f"{what} has several files of weights ({', '.join(sorted(weights))}), of which one model cannot be read; "
+            "make a folder with the one you mean, and give that with local-dir:FOLDER"
+        )
+    return [*weights, *(name for name in names if name == "config.json")]
 
 
 def _cached(repository: str, revision: str | None, what: str, reason: Exception) -> tuple[Path, str]:

@@ -16,7 +16,7 @@ import m2mkd_fast
 from m2mkd_fast.atomic import write_text_atomically
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.models.blueprint import Blueprint, as_json, blueprint_of, differences, from_json, remember
-from m2mkd_fast.models.download import PICKLES, download
+from m2mkd_fast.models.download import PICKLES, download, wanted_files
 from m2mkd_fast.models.model_card import model_card
 from m2mkd_fast.models.registry import SAVED, create_model
 from m2mkd_fast.models.state import load_strict, read_state, save_module
@@ -96,13 +96,14 @@ def save_pretrained(
 def from_pretrained(source: str | os.PathLike[str], **overrides: object) -> nn.Module:
     """A saved model with its weights, in evaluation mode; every tensor is loaded, or it is an error that names it.
 
-    Understood are folders and repositories that `save_pretrained` and `push_to_hub` wrote, and those of timm. Pickles
-    are not opened.
+    Understood are folders and repositories that `save_pretrained` and `push_to_hub` wrote, those of timm, and those
+    that hold a released checkpoint and no `config.json` (see :func:`m2mkd_fast.models.published.read_published`). No
+    code is run: of a pickle nothing but tensors and plain values are read, and timm's must be safetensors.
 
     Args:
-        source: a folder, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, `hf-hub:OWNER/NAME@REVISION` or `OWNER/NAME`; a
-            folder comes before a repository of the same name. Without a network the cached copy of a repository is
-            taken, with a warning that says its commit.
+        source: a folder, a released file, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, `hf-hub:OWNER/NAME@REVISION` or
+            `OWNER/NAME`; a folder comes before a repository of the same name. Without a network the cached copy of a
+            repository is taken, with a warning that says its commit.
         overrides: options that replace recorded ones, such as `drop_path_rate=0.1`. The weights must still fit; for
             another number of classes use the model's `reset_classifier`. (timm's models take `num_classes`, and then
             start with a fresh classifier, about which a warning is logged.)
@@ -116,7 +117,7 @@ def from_pretrained(source: str | os.PathLike[str], **overrides: object) -> nn.M
     """
     source = os.fspath(source)
     if not source.startswith(SAVED):
-        source = ("local-dir:" if Path(source).is_dir() or source.count("/") != 1 else "hf-hub:") + source
+        source = ("local-dir:" if Path(source).exists() or source.count("/") != 1 else "hf-hub:") + source
     kind, _, place = source.partition(":")
     if kind == "hf-hub":
         repository, _, revision = place.partition("@")
@@ -125,9 +126,9 @@ def from_pretrained(source: str | os.PathLike[str], **overrides: object) -> nn.M
         _log.info("%s: commit %s", source, commit)
     else:
         folder, origin = Path(place), source
-        if not folder.is_dir():
+        if not folder.exists():
             raise M2MKDError(
-                f"there is no folder {place!r} to read a model from; give one that save_pretrained wrote, or "
+                f"there is no folder or file {place!r} to read a model from; give one that save_pretrained wrote, or "
                 "hf-hub:owner/name. A name of list_models() has no weights: build it with create_model"
             )
     model, blueprint = _read(folder, origin, overrides)
@@ -136,9 +137,11 @@ def from_pretrained(source: str | os.PathLike[str], **overrides: object) -> nn.M
 
 def _read(folder: Path, origin: str, overrides: Mapping[str, Any]) -> tuple[nn.Module, Blueprint]:
     path = folder / CONFIG
+    if folder.is_file():
+        return _read_published(folder, origin, overrides)
     if not path.is_file():
-        names = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
-        raise M2MKDError(f"{origin} has no {CONFIG}, it holds {names}; give a folder that save_pretrained wrote")
+        weights = wanted_files([file.name for file in folder.iterdir()], origin)
+        return _read_published(folder / weights[0], origin, overrides)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -202,6 +205,20 @@ def _read_timm(
         )
     options = {**config.get("model_args", {}), "num_classes": model.num_classes, **overrides}
     return model, Blueprint(architecture, options)
+
+
+def _read_published(path: Path, origin: str, overrides: Mapping[str, Any]) -> tuple[nn.Module, Blueprint]:
+    from m2mkd_fast.models.published import read_published
+
+    published = read_published(path, overrides)
+    if published.part is not None:
+        raise M2MKDError(
+            f"{origin} is a {published.kind}, a part of {published.model} and no model that maps images to logits; "
+            "m2mkd_fast.models.published.read_published(FILE).build() gives the module"
+        )
+    for assumption in published.assumed:
+        _log.info("%s: assumed %s", origin, assumption)
+    return published.build(), Blueprint(published.model, published.options)
 
 
 def _take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:

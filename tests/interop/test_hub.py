@@ -123,9 +123,20 @@ def test_only_pickles_are_refused(hub: Hub) -> None:
     hub.add("me/empty", {"notes.txt": b""})
     with pytest.raises(M2MKDError, match=r"no weights; it holds notes.txt"):
         create_model("hf-hub:me/empty")
-    hub.add("me/shards", {"config.json": b"{}", "model.safetensors.index.json": b"{}"})
-    with pytest.raises(M2MKDError, match="shards"):
+    hub.add("me/shards", {"config.json": b"{}", "a.safetensors": b"", "b.safetensors": b""})
+    with pytest.raises(M2MKDError, match=r"several files of weights \(a.safetensors, b.safetensors\)"):
         create_model("hf-hub:me/shards")
+    assert not {"a.safetensors", "b.safetensors"} & set(hub.downloads)
+
+
+def test_released_checkpoint_on_the_hub(hub: Hub, model: torch.nn.Module, tmp_path: Path) -> None:
+    torch.save({"model": model.state_dict()}, tmp_path / "vmoe.pth")
+    commit = hub.add("me/released", {"vmoe.pth": (tmp_path / "vmoe.pth").read_bytes(), "README.md": b""})
+    back = create_model("hf-hub:me/released", num_heads=2)
+    assert same(back, model)
+    assert blueprint_of(back).weights == f"hf-hub:me/released@{commit}"
+    hub.down = True
+    assert same(create_model("hf-hub:me/released", num_heads=2), model)
 
 
 def test_timms_repositories(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
