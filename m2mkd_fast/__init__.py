@@ -44,6 +44,8 @@ _HOME = {
     "prune_latents": "models.nac",
     "pruning_frontier": "pipeline.pruning",
     "push_to_hub": "interop.hub",
+    "published_checkpoint": "models.published",
+    "read_published": "models.published",
     "register_model": "models",
     "reorder_latents": "models.nac",
     "route": "ops.route",
@@ -58,6 +60,7 @@ _HOME = {
     "upcycle": "nn.upcycle",
     "use_backend": "backend",
     "verify_split": "modules",
+    "write_published": "models.published",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -141,6 +141,18 @@ def _report(options: argparse.Namespace) -> None:
         _print_summary(Path(folder))
 
 
+def _convert(options: argparse.Namespace) -> None:
+    from omegaconf import OmegaConf
+
+    from m2mkd_fast.interop.convert import convert
+
+    for text in options.option:
+        if "=" not in text:
+            raise M2MKDError(f"--option {text!r} is no key=value; give for example --option num_heads=12")
+    settings = OmegaConf.to_container(OmegaConf.from_dotlist(options.option))
+    print("\n".join(convert(options.source, options.target, options.to, settings).lines()))
+
+
 def _info(options: argparse.Namespace) -> None:
     from m2mkd_fast.info import main as info
 
@@ -213,6 +225,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "Write the report of a run, or of several that differ in their seed.")
     sub.add_argument("run", metavar="RUN", nargs="+", help="run folder")
     sub.add_argument("--output", metavar="FOLDER", help="where the report goes (default: the run folder)")
+    sub = command("convert", _convert, "Read a released checkpoint (m2mKD, Deep Incubation, NAC, V-MoE), or write one.")
+    sub.add_argument("source", metavar="IN", help="a .pth, .npz or .safetensors file, or a folder of save_pretrained")
+    sub.add_argument("target", metavar="OUT", help="a folder, or a file that ends in .safetensors or .npz")
+    text = "ours: a folder for create_model, or a file; published: as the checkpoints are released (default ours)"
+    sub.add_argument("--to", choices=("ours", "published"), default="ours", help=text)
+    text = "what weights do not show, for example num_heads=12 top_k=2; or divided_depths=[3,3,3,3]"
+    sub.add_argument("--option", metavar="key=value", nargs="+", action="extend", default=[], help=text)
     command("info", _info, "Show what was built, what will run, and why not.")
     return parser
 

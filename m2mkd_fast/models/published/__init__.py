@@ -18,7 +18,7 @@ from torch import Tensor
 from m2mkd_fast.atomic import write_atomically
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.published import circuits, transformers
-from m2mkd_fast.models.published.files import published_checkpoint, read_file, write_tree
+from m2mkd_fast.models.published.files import Contents, published_checkpoint, read_file, write_tree
 from m2mkd_fast.models.published.flax import from_flax, is_flax, to_flax
 from m2mkd_fast.models.published.layouts import pack, unpack
 from m2mkd_fast.models.published.names import check_names, grouped
@@ -26,6 +26,7 @@ from m2mkd_fast.models.published.record import Published
 
 __all__ = ["Published", "identify", "published_checkpoint", "read_published", "write_published"]
 
+SUFFIXES = (".pth", ".pt", ".bin", ".npz", ".safetensors")
 # Options that say something about the file, and not about the model to build.
 FACTS = ("block_index", "divided_depths", "model_name", "slot")
 
@@ -37,10 +38,12 @@ def read_published(path: str | os.PathLike[str], options: Mapping[str, Any] | No
     result.
 
     Args:
-        path: the file; also one that `write_published` wrote.
-        options: what weights do not show: `num_heads`, `top_k`, `graph` (of a circuit), any other override of the
-            model; `weights` (the entry of the file, such as `model_ema`); `slot`, `model_name`, `block_index`,
-            `divided_depths`, as facts of the result; `tokens` (latents of a circuit's read-in).
+        path: the file; also one that `write_published` or `save_module` wrote. Of a folder, the one file in it, or
+            all its teacher modules (`FT_huge`) as the teacher.
+        options: what weights do not show: `num_heads`, `top_k`, any other override of the model; `model` (its name:
+            circuits of four graphs have the same tensors); `weights` (the entry of the file, such as `model_ema`);
+            `slot`, `model_name`, `block_index`, `divided_depths`, as facts of the result; `tokens` (latents of a
+            circuit's read-in).
 
     Raises:
         M2MKDError: no file, a damaged one, one that needs pickle, one with foreign, missing or misshapen names (all of
@@ -54,15 +57,43 @@ def read_published(path: str | os.PathLike[str], options: Mapping[str, Any] | No
     """
     options = dict(options or {})
     weights = options.pop("weights", None)
-    contents = read_file(path)
+    contents = read_file(path) if not Path(path).is_dir() else _read_folder(Path(path))
     if is_flax(contents.tree):
         state, heads, left_out = from_flax(contents.tree)
         options.setdefault("num_heads", heads)
         facts: dict[str, Any] = {}
     else:
         state, facts, left_out = unpack(contents.tree, path, weights)
-    published = identify(state, options, path, facts)
+    recorded = contents.metadata.get("published", {})
+    facts |= recorded.get("facts", {})
+    known = {"model": recorded["model"], **recorded["options"]} if recorded else {}
+    published = identify(state, {**known, **options}, path, facts)
     return replace(published, left_out=tuple(left_out))
+
+
+def _read_folder(folder: Path) -> Contents:
+    """The one checkpoint in a folder, or the teacher modules in it as one model."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    if len(files) == 1:
+        return read_file(files[0])
+    modules = {}
+    for file in files:
+        unpacked = unpack(read_file(file).tree, file)
+        index = unpacked.facts.get("block_index")
+        if index is None or index in modules:
+            reason = "does not say which (block_index)" if index is None else f"is module {index} once more"
+            raise M2MKDError(
+                f"{folder} has {len(files)} checkpoints; they make one model where each is a teacher module of another "
+                f"place, but {file.name} {reason}. Read the files one by one"
+            )
+        modules[index] = unpacked
+    absent = sorted(set(range(max(modules, default=0) + 1)) - modules.keys())
+    if absent:
+        raise M2MKDError(
+            f"{folder} lacks the checkpoint" + (f" of teacher module {', '.join(map(str, absent))}" if modules else "")
+        )
+    facts = {key: value for key, value in modules[0].facts.items() if key not in ("block_index", "divided_depths")}
+    return Contents({**facts, "model_stages": [modules[index].state for index in range(len(modules))]}, "torch")
 
 
 def identify(

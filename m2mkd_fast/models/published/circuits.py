@@ -29,7 +29,7 @@ def is_circuit(state: Mapping[str, Tensor]) -> bool:
 def identify(state: dict[str, Tensor], options: Mapping[str, Any], facts: dict[str, Any]) -> Published:
     """Name and options of the circuit, or of the circuit that the module is a part of.
 
-    Options beside those of the circuit: `graph`, `num_heads` and `head_dim`, and `tokens` of a read-in module.
+    Options beside those of the circuit: `model`, `num_heads` and `head_dim`, and `tokens` of a read-in module.
 
     Raises:
         M2MKDError: the number of heads is needed and not given, or does not fit.
@@ -37,15 +37,17 @@ def identify(state: dict[str, Tensor], options: Mapping[str, Any], facts: dict[s
     options = dict(options)
     part = _part(state)
     assumed = []
-    if "graph" not in options and part is None:
-        assumed.append("graph=scale_free (it does not show in the weights; its regulariser would be another)")
-    graph = options.pop("graph", "scale_free")
     tokens = options.pop("tokens", 1)
     found = _description(state)
-    named = {family: _reference(family) for family in FAMILIES}
-    family = min(FAMILIES, key=lambda name: _distance(found, named[name]))
-    defaults = named[family]
-    heads = _heads(found, defaults, options, family, assumed)
+    model = options.pop("model", None)
+    if model is None:
+        model = min(FAMILIES, key=lambda family: _distance(found, _reference(f"{family}.scale_free"))) + ".scale_free"
+        if part is None:
+            assumed.append(f"model={model}: weights do not show the graph, by which only the regulariser differs")
+    defaults = _reference(model)
+    if "inner" not in defaults:
+        raise M2MKDError(f"{model} is no circuit, and these weights are one's; give --option model=nac_tiny.ring, say")
+    heads = _heads(found, defaults, options, model, assumed)
     overrides = differences(found, defaults) | heads
     if "state_dim" in overrides and "input_tokenizer_kwargs.repr_dim" in found:  # which follows from it by default
         overrides["input_tokenizer_kwargs.repr_dim"] = found["input_tokenizer_kwargs.repr_dim"]
@@ -55,7 +57,7 @@ def identify(state: dict[str, Tensor], options: Mapping[str, Any], facts: dict[s
         assumed.append("codes and states are drawn from seed 0 (the published modules are saved without theirs)")
     kind: Literal["circuit", "circuit module"] = "circuit" if part is None else "circuit module"
     nested = _merge(_nested(overrides), options)
-    return Published(kind, f"{family}.{graph}", nested, state, part, facts, tuple(assumed))
+    return Published(kind, model, nested, state, part, facts, tuple(assumed))
 
 
 def build(published: Published) -> nn.Module:
@@ -92,10 +94,10 @@ def _part(state: Mapping[str, Tensor]) -> Literal["first", "middle", "last"] | N
 
 
 @functools.cache
-def _reference(family: str) -> dict[str, Any]:
-    """The description of a published circuit."""
+def _reference(model: str) -> dict[str, Any]:
+    """The description of a circuit with a name."""
     with torch.device("meta"):
-        return _description(create_model(f"{family}.scale_free").state_dict())
+        return _description(create_model(model).state_dict())
 
 
 def _distance(found: Mapping[str, Any], named: Mapping[str, Any]) -> int:
@@ -153,7 +155,7 @@ def _capacity(depths: tuple[int, ...]) -> dict[str, str]:
 
 
 def _heads(
-    found: Mapping[str, Any], defaults: Mapping[str, Any], options: dict[str, Any], family: str, assumed: list[str]
+    found: Mapping[str, Any], defaults: Mapping[str, Any], options: dict[str, Any], model: str, assumed: list[str]
 ) -> dict[str, Any]:
     """Overrides for heads and their size, which the weights do not tell apart; takes them out of the options."""
     inner = found.get("inner", defaults["inner"])
@@ -166,7 +168,7 @@ def _heads(
                 f"the weights say that attention is {inner} wide here, and not how many heads share that; give "
                 "--option num_heads=N"
             )
-        assumed.append(f"the number of heads is that of {family} (weights do not show it)")
+        assumed.append(f"the number of heads is that of {model} (weights do not show it)")
         return {}
     heads = given.get("num_heads") or inner // given["head_dim"]
     if inner % heads or heads * given.get("head_dim", inner // heads) != inner:

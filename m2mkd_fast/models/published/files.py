@@ -17,17 +17,22 @@ from torch import Tensor
 
 from m2mkd_fast.atomic import write_atomically
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.state import FORMAT as OURS
+from m2mkd_fast.models.state import read_state
 
 FORMAT = "m2mkd_fast.published/1"
-OURS = "m2mkd_fast.module/1"
 _TENSOR = "$tensor"  # marks, in the JSON of the structure, the place of a tensor
 
 
 class Contents(NamedTuple):
-    """What a file holds before anyone knows what it means: nested dicts and lists of tensors and plain values."""
+    """What a file holds before anyone knows what it means: nested dicts and lists of tensors and plain values.
+
+    `form` is ``"ours"`` for a file of `save_module`; `metadata` is what was written with it.
+    """
 
     tree: Mapping[str, Any]
-    form: Literal["torch", "npz", "safetensors"]
+    form: Literal["torch", "npz", "safetensors", "ours"]
+    metadata: Mapping[str, Any] = {}
 
 
 def read_file(path: str | os.PathLike[str]) -> Contents:
@@ -53,7 +58,7 @@ def read_file(path: str | os.PathLike[str]) -> Contents:
             return Contents(_read_npz(path), "npz")
         return Contents(_read_torch(path, mmap=True), "torch")
     if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
-        return Contents(_read_safetensors(path), "safetensors")
+        return _read_safetensors(path)
     if head[:1] == b"\x80":  # torch.save before PyTorch 1.6
         return Contents(_read_torch(path, mmap=False), "torch")
     raise M2MKDError(
@@ -118,7 +123,8 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 def _read_torch(path: Path, mmap: bool) -> Mapping[str, Any]:
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with torch.serialization.safe_globals(_numpy_numbers()):
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().split("\n")[0]
         raise M2MKDError(
@@ -132,6 +138,16 @@ def _read_torch(path: Path, mmap: bool) -> Mapping[str, Any]:
     if not isinstance(tree, Mapping):
         raise M2MKDError(f"{path} holds a {type(tree).__name__}; a checkpoint is a dict with names")
     return tree
+
+
+def _numpy_numbers() -> list[Any]:
+    """What a pickled number of NumPy's (an accuracy, say) is made of: a constructor and types, which run nothing."""
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, np.dtypes.Int32DType]
+    places = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [*places, np.dtype, *kinds]
 
 
 def _read_npz(path: Path) -> Mapping[str, Tensor]:
@@ -158,21 +174,22 @@ def _read_npz(path: Path) -> Mapping[str, Tensor]:
     return tensors
 
 
-def _read_safetensors(path: Path) -> Mapping[str, Any]:
+def _read_safetensors(path: Path) -> Contents:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
+            if header.get("format") == OURS:
+                state, metadata = read_state(path)
+                return Contents(state, "ours", metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise M2MKDError(f"{path} is damaged or was not downloaded whole: {error}; download it again") from error
-    if header.get("format") == OURS:
-        raise M2MKDError(f"{path} is a file of ours, not a published checkpoint; load it with `load_module`")
     if header.get("format") != FORMAT:
-        return tensors
+        return Contents(tensors, "safetensors")
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
             return tensors[value[_TENSOR]] if set(value) == {_TENSOR} else {k: fill(item) for k, item in value.items()}
         return [fill(item) for item in value] if isinstance(value, list) else value
 
-    return fill(json.loads(header["structure"]))
+    return Contents(fill(json.loads(header["structure"])), "safetensors")

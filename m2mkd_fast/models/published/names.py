@@ -21,19 +21,20 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 def grouped(names: Iterable[str]) -> list[str]:
     """All names, those that differ in numbers alone as one: ``blocks.{0..11}.mlp.fc{1..2}.bias``."""
-    places: dict[str, list[tuple[int, ...]]] = {}
+    places: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in names:
-        places.setdefault(_NUMBER.sub("{}", name), []).append(tuple(int(text) for text in _NUMBER.findall(name)))
-    return [text for template, numbers in places.items() for text in _ranges(template, numbers)]
+        places.setdefault(tuple(_NUMBER.split(name)), []).append(tuple(int(text) for text in _NUMBER.findall(name)))
+    return [text for pieces, numbers in places.items() for text in _ranges(pieces, numbers)]
 
 
-def _ranges(template: str, numbers: list[tuple[int, ...]]) -> list[str]:
+def _ranges(pieces: tuple[str, ...], numbers: list[tuple[int, ...]]) -> list[str]:
     columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
     if math.prod(len(column) for column in columns) == len(numbers):
-        return [template.format(*(_range(column) for column in columns))]
+        ranges = [*(_range(column) for column in columns), ""]
+        return ["".join(text for pair in zip(pieces, ranges, strict=True) for text in pair)]
     first = next(place for place, column in enumerate(columns) if len(column) > 1)
     return [
-        text for value in columns[first] for text in _ranges(template, [row for row in numbers if row[first] == value])
+        text for value in columns[first] for text in _ranges(pieces, [row for row in numbers if row[first] == value])
     ]
 
 

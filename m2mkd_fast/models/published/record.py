@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.blueprint import Blueprint, remember
+from m2mkd_fast.models.state import load_strict
 
 Kind = Literal["circuit", "circuit module", "vmoe", "vmoe module", "vit", "vit module"]
 
@@ -46,19 +47,15 @@ class Published:
         dtypes = {tensor.dtype for tensor in self.state.values() if tensor.is_floating_point()}
         if len(dtypes) == 1:
             module = module.to(*dtypes)
-        # Reading has compared names and shapes; what is missing are further names of tensors that are there.
-        loaded = module.load_state_dict(self.state, strict=False)
-        if loaded.unexpected_keys:
-            raise M2MKDError(
-                f"{self.model} has no {', '.join(loaded.unexpected_keys)}; was the state changed after reading?"
-            )
+        load_strict(module, self.state, f"the {self.kind} for {self.model}")
         return module.eval()
 
     def fresh(self) -> nn.Module:
         """The model or module with other weights."""
         from m2mkd_fast.models.published import circuits, transformers
 
-        return (circuits if self.kind.startswith("circuit") else transformers).build(self)
+        module = (circuits if self.kind.startswith("circuit") else transformers).build(self)
+        return module if self.part else remember(module, Blueprint(self.model, self.options))
 
     def expected(self) -> dict[str, torch.Size]:
         """Names and shapes that :meth:`build` fills; nothing is allocated."""
@@ -67,8 +64,8 @@ class Published:
         return {name: tensor.shape for name, tensor in state.items() if not name.startswith("stages.")}
 
     def metadata(self) -> dict[str, Any]:
-        """All but the tensors, as JSON; :func:`identify` takes it as ``options`` of a file of ours."""
-        return {"kind": self.kind, "model": self.model, "options": self.options, "part": self.part, "facts": self.facts}
+        """What reading the tensors again needs beside them, as JSON; our files carry it."""
+        return {"kind": self.kind, "model": self.model, "options": self.options, "facts": self.facts}
 
 
 def differences(found: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:

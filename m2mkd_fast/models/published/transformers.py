@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
@@ -49,7 +50,7 @@ def identify(state: dict[str, Tensor], options: Mapping[str, Any], facts: dict[s
     found = description(state)
     part = _part(state)
     mixture = "num_experts" in found
-    name = _named(found, mixture)
+    name = options.pop("model", None) or _named(found, mixture)
     named = _reference(name)
     heads = named["num_heads"]
     assumed = []
@@ -178,6 +179,8 @@ def _reference(name: str) -> dict[str, Any]:
     """The same description of a registered model, and its heads."""
     with torch.device("meta"):
         model = create_model(name)
+    if not isinstance(model, VisionTransformer):
+        raise M2MKDError(f"{name} is no Vision Transformer, and these weights are one's; correct --option model=NAME")
     state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("stages.")}
     divided = getattr(model, "divided_depths", None)
     facts = {"num_heads": model.blocks[0].attn.num_heads, "divided_depths": None if divided is None else list(divided)}
