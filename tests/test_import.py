@@ -14,7 +14,7 @@ import m2mkd_fast
 PACKAGE = Path(m2mkd_fast.__file__).parent
 # Each room may import itself and the rooms before it; the side rooms are for pipeline and cli alone.
 ROOMS = ["errors", "_extension", "backend", "kernels", "ops", "nn", "models", "modules", "distill", "pipeline", "cli"]
-SIDE_ROOMS = ["data", "evaluate", "interop", "report"]
+SIDE_ROOMS = ["data", "evaluate", "interop", "patches", "report"]
 
 
 def run_python(code: str) -> list[str]:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "m2mkd_fast"
 # Lower rooms first. A room may import itself, those before it, and what is listed for it.
 FLOORS = ["kernels", "ops", "nn", "models", "modules", "distill", "pipeline", "cli"]
 FOUNDATION = {"errors", "atomic", "autocast", "backend", "checks", "_extension", "__init__", "__version__"}
-SIDE_ROOMS = {"data", "evaluate", "interop", "report", "info"}
+SIDE_ROOMS = {"data", "evaluate", "interop", "report", "info", "patch", "patches"}
 USERS_OF_SIDE_ROOMS = {"pipeline", "cli"}
 
 SIDE_ROOMS_MAY_IMPORT = {
@@ -20,6 +20,8 @@ SIDE_ROOMS_MAY_IMPORT = {
     "interop": {"ops", "nn", "models", "modules", "patch"},
     "report": set(),
     "info": {"ops"},
+    "patch": {"patches"},
+    "patches": {"ops", "nn"},
 }
 
 

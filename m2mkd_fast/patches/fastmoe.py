@@ -1,0 +1,128 @@
+"""This package's mixture in the place of fastmoe's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.nn.evaluation_cache import CachesInEvaluation, EvaluationCache
+from m2mkd_fast.nn.expert_mlp import ExpertMLP, activation_name
+from m2mkd_fast.nn.vision_moe import VisionMoE
+from m2mkd_fast.ops.expert_mlp import Activation, expert_mlp
+from m2mkd_fast.ops.route import Assignment
+from m2mkd_fast.patches.replacement import Replacement, is_from, share_tensors
+
+
+def fastmoe_mlp() -> FastMoE:
+    """For :func:`m2mkd_fast.apply`: a :class:`~m2mkd_fast.nn.vision_moe.VisionMoE` for fastmoe's ``FMoETransformerMLP``.
+
+    >>> m2mkd_fast.apply(vmoe, {"blocks.*.moe": fastmoe_mlp()})
+
+    The layer has the very parameters, under the same names (those of fastmoe to 1.0.0, which stacks its experts, and
+    since 1.0.1, which keeps a list of them), and computes the same: biased logits, top-k, softmax over the k, nothing
+    dropped. The router works in float32 at least, also where the stock one would round its logits to half precision;
+    a token whose k-th and next expert differ by less than that may get the other one. In place of
+    ``layer.gate.get_loss()``, which the stock gate always answers with zero, there is
+    :func:`m2mkd_fast.auxiliary_losses`. Experts in a list are stacked in every training step, and once in evaluation,
+    which keeps a second copy of them.
+
+    Gates other than ``NaiveGate``, gate hooks, masks, activations other than GELU, and layers on several devices or
+    workers (``world_size``, ``slice_group``) are refused. For other gates build the model with VisionMoE, whose router
+    has capacities, noise and losses.
+    """
+    return FastMoE()
+
+
+class FastMoE(Replacement):
+    """See :func:`fastmoe_mlp`."""
+
+    def knows(self, module: nn.Module) -> bool:
+        return is_from(module, "fmoe", "FMoETransformerMLP")
+
+    def make(self, module: nn.Module) -> VisionMoE:
+        if not self.knows(module):
+            raise M2MKDError(f"fastmoe_mlp() replaces fastmoe's FMoETransformerMLP, not a {type(module).__name__}")
+        _check(module)
+        listed = isinstance(module.experts, nn.ModuleList)
+        experts = list(module.experts) if listed else [module.experts]
+        bias = module.gate.gate.bias is not None
+        weight = experts[0].htoh4.weight
+        try:
+            activation = activation_name(lambda: experts[0].activation)
+        except M2MKDError as error:
+            raise M2MKDError(f"cannot replace this FMoETransformerMLP: {error}") from error
+        layer = VisionMoE(
+            module.d_model,
+            weight.shape[1],
+            module.num_expert,
+            module.top_k,
+            act_layer=activation,
+            device="meta",
+            gate="top_k_softmax",
+            gate_bias=bias,
+        )
+        layer.train(module.training)
+        gate = layer.gate
+        if listed:
+            layer.experts = ExpertList(experts, activation)
+            layer.experts.train(module.experts.training)
+        # The state dict of fastmoe's layer has the experts first.
+        del layer.gate
+        layer.gate = gate
+        share_tensors(module, layer)
+        return layer
+
+
+class ExpertList(CachesInEvaluation):
+    """Experts whose parameters are not stacked: a list, as fastmoe's since 1.0.1, of experts of one or more each.
+
+    State names: ``<i>.htoh4.weight [n, H, D]``, ``<i>.htoh4.bias [n, H]``, ``<i>.h4toh.weight [n, O, H]``,
+    ``<i>.h4toh.bias [n, O]``. Gradients of the stacked parameters flow into them.
+    """
+
+    def __init__(self, experts: list[nn.Module], activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+        for index, expert in enumerate(experts):
+            hidden, width = expert.htoh4.weight.shape[1:]
+            single = ExpertMLP(expert.htoh4.weight.shape[0], width, hidden, act_layer=activation, device="meta")
+            self.add_module(str(index), single)
+        self._cache = EvaluationCache()
+
+    def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
+        """``[T, D]`` tokens and their assignment to ``[T, O]``."""
+        single = list(self.children())
+        parameters = [
+            [expert.get_parameter(name) for expert in single]
+            for name in ("htoh4.weight", "htoh4.bias", "h4toh.weight", "h4toh.bias")
+        ]
+        stacked = self._cache.get(sum(parameters, []), lambda: [torch.cat(one) for one in parameters])
+        return expert_mlp(x, assignment, *stacked, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+def _check(layer: nn.Module) -> None:
+    def refuse(what: str, remedy: str) -> None:
+        raise M2MKDError(f"cannot replace this FMoETransformerMLP: {what}; {remedy}")
+
+    if type(layer.gate).__name__ != "NaiveGate":
+        refuse(
+            f"its gate is a {type(layer.gate).__name__}, not a NaiveGate",
+            "build the model with VisionMoE, whose router has capacities, noise and losses of its own",
+        )
+    if layer.gate_hook is not None:
+        refuse("it has a gate_hook, which would not be called", "build it without one; expert_load tells the load")
+    if layer.mask is not None or layer.mask_dict is not None:
+        refuse("it has a mask of tokens", "leave the layer out")
+    if layer.world_size != 1 or layer.slice_size != 1:
+        refuse(
+            f"world_size is {layer.world_size} and slice_size {layer.slice_size}",
+            "gather the experts into a model with world_size=1, and share them out with shard_experts",
+        )
+    experts = list(layer.experts) if isinstance(layer.experts, nn.ModuleList) else [layer.experts]
+    activations = {str(getattr(expert, "activation", None)) for expert in experts}
+    if len(activations) > 1:
+        refuse(f"its experts have different activations ({', '.join(sorted(activations))})", "leave the layer out")
