@@ -25,9 +25,10 @@ def biased_attention() -> BiasedAttentions:
 
     The layers have the very parameters, under the same names, and compute the same. Known are
 
-    - BEiT's ``Attention``, also with a shared bias: in evaluation the bias is gathered from its table once, not in every forward pass; in training on a CPU, sequences of 128 tokens and more
-      go through :func:`~m2mkd_fast.ops.latent_attention.latent_attention`, whose gradient of the bias, a sum over
-      images, needs no tensor of all images' scores;
+    - BEiT's ``Attention``, also with a shared bias: in evaluation the bias is gathered from its table once, not in
+      every forward pass; in training on a CPU, sequences of 128 tokens and more go through
+      :func:`~m2mkd_fast.ops.latent_attention.latent_attention`, whose gradient of the bias, a sum over images, needs
+      no tensor of all images' scores;
     - Swin's ``WindowAttention``: in evaluation fused attention, with bias and mask added up once, not once a forward
       pass and image.
 

@@ -15,7 +15,7 @@ from m2mkd_fast.patches.replacement import Replacement, is_from, share_tensors
 
 
 def fastmoe_mlp() -> FastMoE:
-    """For :func:`m2mkd_fast.apply`: a :class:`~m2mkd_fast.nn.vision_moe.VisionMoE` for fastmoe's ``FMoETransformerMLP``.
+    """For :func:`m2mkd_fast.apply`: :class:`~m2mkd_fast.nn.vision_moe.VisionMoE` for fastmoe's ``FMoETransformerMLP``.
 
     >>> m2mkd_fast.apply(vmoe, {"blocks.*.moe": fastmoe_mlp()})
 
@@ -65,7 +65,7 @@ class FastMoE(Replacement):
         layer.train(module.training)
         gate = layer.gate
         if listed:
-            layer.experts = ExpertList(experts, activation)
+            layer.experts = ExpertList(module.num_expert, module.d_model, weight.shape[1], activation)
             layer.experts.train(module.experts.training)
         # The state dict of fastmoe's layer has the experts first.
         del layer.gate
@@ -75,29 +75,27 @@ class FastMoE(Replacement):
 
 
 class ExpertList(CachesInEvaluation):
-    """Experts whose parameters are not stacked: a list, as fastmoe's since 1.0.1, of experts of one or more each.
+    """Experts whose parameters are not stacked: a list of single ones, as fastmoe's since 1.0.1.
 
-    State names: ``<i>.htoh4.weight [n, H, D]``, ``<i>.htoh4.bias [n, H]``, ``<i>.h4toh.weight [n, O, H]``,
-    ``<i>.h4toh.bias [n, O]``. Gradients of the stacked parameters flow into them.
+    State names: ``<i>.htoh4.weight [1, H, D]``, ``<i>.htoh4.bias [1, H]``, ``<i>.h4toh.weight [1, D, H]``,
+    ``<i>.h4toh.bias [1, D]``.
     """
 
-    def __init__(self, experts: list[nn.Module], activation: Activation) -> None:
+    def __init__(self, num_experts: int, in_features: int, hidden_features: int, activation: Activation) -> None:
         super().__init__()
         self.activation = activation
-        for index, expert in enumerate(experts):
-            hidden, width = expert.htoh4.weight.shape[1:]
-            single = ExpertMLP(expert.htoh4.weight.shape[0], width, hidden, act_layer=activation, device="meta")
-            self.add_module(str(index), single)
+        for index in range(num_experts):
+            self.add_module(str(index), ExpertMLP(1, in_features, hidden_features, act_layer=activation, device="meta"))
         self._cache = EvaluationCache()
 
     def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
         """``[T, D]`` tokens and their assignment to ``[T, O]``."""
         single = list(self.children())
-        parameters = [
-            [expert.get_parameter(name) for expert in single]
-            for name in ("htoh4.weight", "htoh4.bias", "h4toh.weight", "h4toh.bias")
-        ]
-        stacked = self._cache.get(sum(parameters, []), lambda: [torch.cat(one) for one in parameters])
+        names = [name for name, _ in single[0].named_parameters()]
+        stacked = self._cache.get(
+            list(self.parameters()),
+            lambda: [torch.cat([expert.get_parameter(name) for expert in single]) for name in names],
+        )
         return expert_mlp(x, assignment, *stacked, activation=self.activation)
 
     def extra_repr(self) -> str:
@@ -113,13 +111,15 @@ def _check(layer: nn.Module) -> None:
             f"its gate is a {type(layer.gate).__name__}, not a NaiveGate",
             "build the model with VisionMoE, whose router has capacities, noise and losses of its own",
         )
-    if layer.gate_hook is not None:
+    # Not every version of fastmoe has all of these.
+    if getattr(layer, "gate_hook", None) is not None:
         refuse("it has a gate_hook, which would not be called", "build it without one; expert_load tells the load")
-    if layer.mask is not None or layer.mask_dict is not None:
+    if getattr(layer, "mask", None) is not None or getattr(layer, "mask_dict", None) is not None:
         refuse("it has a mask of tokens", "leave the layer out")
-    if layer.world_size != 1 or layer.slice_size != 1:
+    slices = getattr(layer, "slice_size", getattr(layer, "mp_size", 1))
+    if layer.world_size != 1 or slices != 1:
         refuse(
-            f"world_size is {layer.world_size} and slice_size {layer.slice_size}",
+            f"world_size is {layer.world_size} and slice_size {slices}",
             "gather the experts into a model with world_size=1, and share them out with shard_experts",
         )
     experts = list(layer.experts) if isinstance(layer.experts, nn.ModuleList) else [layer.experts]
