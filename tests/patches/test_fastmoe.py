@@ -114,7 +114,7 @@ def test_tools_of_mixtures_work_on_it() -> None:
 def test_compiles_as_one_graph(stacked: bool) -> None:
     stock = model(stacked=stacked).float()
     apply(stock, {"1": fastmoe_mlp()})
-    got = torch.compile(stock, fullgraph=True, backend="aot_eager")(tokens(torch.float32))
+    got = torch.compile(stock, fullgraph=True, backend="eager")(tokens(torch.float32))
     torch.testing.assert_close(got, stock(tokens(torch.float32)), rtol=1e-4, atol=1e-5)
 
 
