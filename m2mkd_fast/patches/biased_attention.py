@@ -92,7 +92,7 @@ class _BiasedAttention(CachesInEvaluation):
 
 
 class BEiTAttention(_BiasedAttention):
-    """For BEiT's ``Attention``: ``[B, N, C]`` to the same, ``shared_rel_pos_bias [1, H, N, N]``."""
+    """For BEiT's ``Attention``: ``[B, N, C]`` to the same, ``shared_rel_pos_bias [H, N, N]``."""
 
     optional = ("q_bias", "k_bias", "v_bias", "relative_position_bias_table", "relative_position_index")
 
@@ -108,7 +108,7 @@ class BEiTAttention(_BiasedAttention):
             # The two round differently in half precision.
             qkv = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
         query, key, value = self._split_heads(qkv)
-        bias = None if shared_rel_pos_bias is None else shared_rel_pos_bias[0]
+        bias = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             own = self._own_bias()
             bias = own if bias is None else own + bias
