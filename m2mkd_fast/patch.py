@@ -40,7 +40,8 @@ def apply(model: nn.Module, rules: Mapping[str, Replacement] | Accelerate) -> Ha
     >>> print(handle.report)
     >>> handle.revert()
 
-    A rule is a pattern of module paths, as ``model.named_modules()`` names them, and what to put there:
+    A rule is a pattern of module paths, as ``model.named_modules()`` names them, and what to put in the places of the
+    modules that it matches:
 
     - :func:`~m2mkd_fast.patches.mixture.mixture`: a mixture of experts for an MLP, upcycled or fresh;
     - :func:`~m2mkd_fast.patches.fastmoe.fastmoe_mlp`: for fastmoe's ``FMoETransformerMLP``;
@@ -243,7 +244,7 @@ def _check_nesting(places: Mapping[nn.Module, list[str]], chosen: Mapping[nn.Mod
             if inner is not module and inner in chosen:
                 raise M2MKDError(
                     f"{pattern!r} replaces {places[module][0]}, and {chosen[inner][0]!r} replaces {path} inside it; "
-                    "leave one of the two out"
+                    "write patterns that match one of the two"
                 )
     for outer in places:
         if outer in _INSTALLED:

@@ -296,3 +296,10 @@ def test_layers_of_other_packages_are_modules():
     assert set(peers.OTHER_PACKAGES) < set(peers.LAYERS)
     for name in set(peers.LAYERS) - set(peers.OTHER_PACKAGES):
         assert isinstance(peers.layer_of(name, "tiny", 4, 2, "float32", "cpu"), nn.Module)
+
+
+@pytest.mark.parametrize("case", ["BEiT-Base, 96 px", "Swin-Tiny, stage 2, shifted"])
+def test_layers_are_measured_before_and_after_apply(case):
+    bench = load("bench_patch")
+    for training in (False, True):
+        assert bench.measure(case, images=1, training=training, pairs=1, device="cpu").speedup > 0

@@ -16,7 +16,7 @@ from m2mkd_fast.patches.replacement import Replacement, is_from, share_tensors
 def nac_layer() -> NACLayer:
     """For :func:`m2mkd_fast.apply`: this package's layers for three of the published code of NAC and m2mKD.
 
-    >>> m2mkd_fast.apply(model, {"**.latent_attention": nac_layer(), "**.ffn": nac_layer()})
+    >>> m2mkd_fast.apply(model, {"**.latent_attention": nac_layer(), "**.read_in_attention": nac_layer()})
 
     ``KernelModulatedLatentAttention``, ``ReadInAttention`` and ``ModFFN`` of the package ``neural_compilers`` become
     :class:`~m2mkd_fast.nn.latent_attention.LatentAttention`, :class:`~m2mkd_fast.nn.read_in_attention.ReadInAttention`
@@ -82,7 +82,7 @@ class _PublishedReadInAttention(ReadInAttention):
 
 def _latent_attention(layer: nn.Module) -> LatentAttention:
     kernel = layer.kernel
-    if kernel is not None and type(kernel).__name__ != "DotProductKernel":
+    if type(kernel).__name__ != "DotProductKernel":
         raise M2MKDError(f"its kernel is a {type(kernel).__name__}; only DotProductKernel is known")
     if kernel.use_gumbel_along_functions:
         raise M2MKDError("its kernel has use_gumbel_along_functions, which is not known: build it without")
@@ -163,12 +163,11 @@ def _modulated_options(layer: nn.Module) -> dict[str, Any]:
     """The options that all fully connected layers of a published layer have."""
     found: list[dict[str, Any]] = []
     for name, module in layer.named_modules():
-        parent = layer.get_submodule(name.rpartition(".")[0])
         linear = name.endswith(("_compiler", "exit_layer")) or (name.startswith("ffn.") and name.count(".") == 1)
         if not linear or type(module).__name__ == "StatelessWrapper":
             continue
         if type(module).__name__ != "ModFC":
-            raise M2MKDError(f"its {name} is a {type(module).__name__}, not a ModFC (of {type(parent).__name__})")
+            raise M2MKDError(f"its {name} is a {type(module).__name__}, not a ModFC")
         if module.activation is not None or not isinstance(module.scale_dropout, nn.Identity):
             raise M2MKDError(f"its {name} has an activation or scale_dropout of its own, which are not known")
         learnable = isinstance(module.scale_gain, Tensor)
