@@ -119,7 +119,7 @@ class BEiTAttention(_BiasedAttention):
         return self._cache.get([table, index], lambda: _gather(table, index))
 
 
-class WindowAttention(_BiasedAttention):
+class SwinAttention(_BiasedAttention):
     """For Swin's ``WindowAttention``: ``[B W, N, C]`` windows to the same, ``mask [W, N, N]``."""
 
     def __init__(self, stock: nn.Module) -> None:
@@ -169,7 +169,7 @@ def _window_bias(table: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
 
 _MAKERS = {
     ("beit", "Attention"): BEiTAttention,
-    ("swin_transformer", "WindowAttention"): WindowAttention,
+    ("swin_transformer", "WindowAttention"): SwinAttention,
 }
 
 

@@ -48,7 +48,7 @@ class NACLayer(Replacement):
         return layer
 
 
-class _PublishedLatentAttention(LatentAttention):
+class PublishedLatentAttention(LatentAttention):
     """:class:`LatentAttention`, called as ``KernelModulatedLatentAttention`` is."""
 
     def forward(
@@ -65,7 +65,7 @@ class _PublishedLatentAttention(LatentAttention):
         )
 
 
-class _PublishedReadInAttention(ReadInAttention):
+class PublishedReadInAttention(ReadInAttention):
     """:class:`ReadInAttention`, called as the published one is, with arguments that it does not use."""
 
     def forward(
@@ -92,7 +92,7 @@ def _latent_attention(layer: nn.Module) -> LatentAttention:
             "its kernel is stochastic and does not mask the scores; the published code takes the exponential of the "
             "affinities twice there. Set mask_attn_scores_with_affinities"
         )
-    return _PublishedLatentAttention(
+    return PublishedLatentAttention(
         layer.state_dim,
         layer.code_dim,
         num_heads=layer.num_heads,
@@ -118,7 +118,7 @@ def _latent_attention(layer: nn.Module) -> LatentAttention:
 
 
 def _read_in_attention(layer: nn.Module) -> ReadInAttention:
-    return _PublishedReadInAttention(
+    return PublishedReadInAttention(
         layer.input_dim,
         layer.state_dim,
         layer.code_dim,

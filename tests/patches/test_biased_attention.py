@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from m2mkd_fast import accelerate, apply, biased_attention
 from m2mkd_fast.errors import M2MKDError
-from m2mkd_fast.patches.biased_attention import BEiTAttention, WindowAttention
+from m2mkd_fast.patches.biased_attention import BEiTAttention, SwinAttention
 
 BEIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5, "img_size": 32}
 MODELS = {
@@ -71,7 +71,7 @@ def test_computes_the_same_with_the_same_parameters(kind: str, dtype: torch.dtyp
 
     wanted, wanted_gradients = model(x), gradients()
     handle = apply(model, rules(kind))
-    assert sum(isinstance(module, (BEiTAttention, WindowAttention)) for module in model.modules()) == len(handle.report)
+    assert sum(isinstance(module, (BEiTAttention, SwinAttention)) for module in model.modules()) == len(handle.report)
     for mode in (True, False, False):  # the second time from what is remembered
         with torch.set_grad_enabled(mode):
             assert (model.train(mode)(x) - wanted).abs().max() <= tolerance * wanted.abs().max()
