@@ -67,6 +67,14 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _split(options: argparse.Namespace) -> None:
+    if options.check is not None:
+        _check_split(options)
+        return
+    if options.config is None:
+        raise M2MKDError("m2mkd split needs a configuration, or --check to survey timm's architectures")
+    for name in ("all", "output", "write"):
+        if getattr(options, name):
+            raise M2MKDError(f"--{name} belongs to the survey of timm's architectures; give --check as well")
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -89,6 +97,30 @@ def _split(options: argparse.Namespace) -> None:
         width = str(chain.widths[i]) if i < len(chain.widths) else "logits"
         table.add_row(str(i), str(len(module.blocks)), f"{parameters:,}", width)
     Console().print(table)
+
+
+def _check_split(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from m2mkd_fast.interop import split_survey
+
+    if options.config is not None:
+        raise M2MKDError(f"--check surveys timm's architectures and reads no configuration; leave out {options.config}")
+    console = Console()
+    findings = []
+    for finding, count in split_survey.survey(options.check, options.all, options.output):
+        findings.append((finding, count))
+        console.print(f"{finding.family}: {finding.architecture}: {finding.evaluation}", highlight=False)
+    table = Table(title=split_survey.share(findings, options.all))
+    for heading in split_survey.HEADINGS:
+        table.add_column(heading)
+    for finding in findings:
+        table.add_row(*split_survey.cells(*finding))
+    console.print(table)
+    if options.write is not None:
+        split_survey.write_markdown(options.write, findings, options.all, options.line)
+        console.print(options.write)
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -198,15 +230,23 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
-    def configured(sub: argparse.ArgumentParser, jobs: bool = True) -> argparse.ArgumentParser:
-        sub.add_argument("config", metavar="CONFIG", help="YAML file, for example configs/digits_vmoe.yaml")
+    def configured(sub: argparse.ArgumentParser, jobs: bool = True, optional: bool = False) -> argparse.ArgumentParser:
+        text = "YAML file, for example configs/digits_vmoe.yaml"
+        sub.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help=text)
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="for example pair.train.steps=100 seed=1")
         if jobs:
             sub.add_argument("--jobs", type=int, default=1, metavar="N", help="steps at a time (default 1)")
         return sub
 
     configured(command("run", _run, "Do everything a configuration asks for, and write the report."))
-    configured(command("split", _split, "Take the teacher apart, prove it, and show the parts."), jobs=False)
+    sub = command("split", _split, "Take the teacher apart, prove it, and show the parts; or survey timm.")
+    configured(sub, jobs=False, optional=True)
+    text = "instead, show which of timm's families and architectures that match (default: all) can be split"
+    sub.add_argument("--check", nargs="?", const="*", metavar="PATTERN", help=text)
+    sub.add_argument("--all", action="store_true", help="check every architecture, not the smallest of each family")
+    text = "JSON lines; what is in it is not checked again, so that a long survey goes on where it stopped"
+    sub.add_argument("--output", metavar="FILE", help=text)
+    sub.add_argument("--write", metavar="FILE", help="write the table as Markdown")
     sub = configured(command("distill", _distill, "Distil the student's modules, and do what that needs."))
     sub.add_argument("--slot", type=int, action="append", metavar="I", help="only this slot; may be repeated")
     sub = configured(command("train", _train, "Train one arm to its end, and do what that needs."))
