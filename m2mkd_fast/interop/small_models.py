@@ -22,11 +22,24 @@ PARAMETERS_AT_MOST = 100_000_000
 _SIDES = (64, 84, 96, 112, 126, 128, 144, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 # What a model raises about images that it cannot take, in the constructor or on the way.
 _REFUSALS = (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError)
-# Words for size in architectures' names, least first. A name without any stands among "base".
+# Words for size in architectures' names, least first; names without any come last.
 _SIZES = (
-    "test atto femto pico nano xxs xxt xx xxtiny xxsmall xs xt xtiny xsmall micro mini tiny ti t little lite small s slim "
-    "medium mediumd m base b x l large xl xlarge xxl xxlarge so h huge giant g gigantic e"
-).split()
+    "test",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "xxs",
+    "xx",
+    "xxtiny",
+    "xs",
+    "mini",
+    "tiny",
+    "ti",
+    "small",
+    "s",
+    "slim",
+)
 _FEWER_BLOCKS = (
     {"depth": 4},
     {"depth": 2},
@@ -36,7 +49,7 @@ _FEWER_BLOCKS = (
 
 @dataclass(frozen=True)
 class SmallModel:
-    """A model with random values, in training mode, the side of the square images it takes, and how it was shortened."""
+    """A model with random values, in training mode, the shape of images it takes, and how it was shortened."""
 
     model: nn.Module
     image_shape: tuple[int, int, int]
@@ -48,7 +61,7 @@ def smallest(architectures: list[str]) -> str:
 
     def size(name: str) -> tuple:
         words = set(name.split("_")) | {word for word in re.split(r"[_\d]+", name) if len(word) > 1}
-        rank = min((_SIZES.index(word) for word in words & set(_SIZES)), default=_SIZES.index("base"))
+        rank = min((_SIZES.index(word) for word in words & set(_SIZES)), default=len(_SIZES))
         return rank, [int(number) for number in re.findall(r"\d+", name)], name
 
     return min(architectures, key=size)

@@ -105,7 +105,7 @@ def survey(
 def check(family: str, architecture: str) -> Finding:
     """Build one architecture small, cut it between all its units and into four, and compare with the model.
 
-    The comparison is bit for bit, at a batch of three images, in evaluation and in training mode.
+    The comparison is bit for bit, at a batch of four images, in evaluation and in training mode.
     """
     found: dict = {"family": family, "architecture": architecture}
     try:
@@ -119,7 +119,7 @@ def check(family: str, architecture: str) -> Finding:
         found |= {"units": units, "cuts": len(finest) - 1, "layouts": layouts}
     except Exception as error:  # whatever a model of others' does is a finding, and the next one's turn
         return Finding(**found, evaluation=_reason(error), training=_reason(error))
-    images = torch.randn(3, *small.image_shape, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(4, *small.image_shape, generator=torch.Generator().manual_seed(1))
     return Finding(
         **found,
         evaluation=_compare(small.model.eval(), chains, images),
@@ -155,7 +155,7 @@ def _read(path: Path) -> dict[str, Finding]:
             finding = Finding(**entry | {"layouts": tuple(entry["layouts"])})
         except (ValueError, TypeError, KeyError) as error:
             raise M2MKDError(
-                f"{path}:{number} is no finding of `m2mkd split --check` ({error}); name another file, or remove the line"
+                f"{path}:{number} is no finding of m2mkd split --check ({error}); name another file or remove the line"
             ) from error
         if finding.timm == timm.__version__:
             findings[finding.architecture] = finding
@@ -168,8 +168,8 @@ HEADINGS = ("family", "architectures", "tried", "pixels", "units", "cuts", "layo
 def cells(finding: Finding, architectures: int) -> tuple[str, ...]:
     """One row of the table, under `HEADINGS`."""
     tried = finding.architecture + (f" ({finding.shortened})" if finding.shortened else "")
-    counts = ("–" if number is None else str(number) for number in (finding.pixels, finding.units, finding.cuts))
-    layouts = ", ".join(layout.replace("_", " ") for layout in finding.layouts) or "–"
+    counts = ("-" if number is None else str(number) for number in (finding.pixels, finding.units, finding.cuts))
+    layouts = ", ".join(layout.replace("_", " ") for layout in finding.layouts) or "-"
     return finding.family, str(architectures), tried, *counts, layouts, finding.evaluation, finding.training
 
 
@@ -195,7 +195,7 @@ Written by `{line}`: do not edit.
 
 Each architecture is built with random values at the smallest image size that it takes, in brackets with fewer blocks
 where it has more than {PARAMETERS_AT_MOST // 10**6} million parameters. It is cut between all its units, and into four
-modules; *{EXACT}* says that both chains equal the model bit for bit on a batch of three images.
+modules; *{EXACT}* says that both chains equal the model bit for bit on a batch of four images.
 
 {table}
 """,
