@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import gc
 import json
+import textwrap
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from m2mkd_fast.atomic import write_text_atomically
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.interop.small_models import PARAMETERS_AT_MOST, small_model, smallest
-from m2mkd_fast.modules import ModuleChain, split, verify_split
+from m2mkd_fast.modules import ModuleChain, verify_split
+from m2mkd_fast.modules.split import cuttable_of
 
 EXACT = "bit-exact"
 
@@ -111,12 +113,12 @@ def check(family: str, architecture: str) -> Finding:
     try:
         small = small_model(architecture)
         found |= {"pixels": small.image_shape[-1], "shortened": small.shortened}
-        whole = split(small.model.eval(), 1, image_shape=small.image_shape)
-        units = whole[0].depth
-        finest = split(small.model, units, image_shape=small.image_shape)
-        chains = [finest, split(small.model, min(4, units), image_shape=small.image_shape)]
-        layouts = tuple(sorted({cut.layout for cut in finest.cuts}))
-        found |= {"units": units, "cuts": len(finest) - 1, "layouts": layouts}
+        cuttable = cuttable_of(small.model.eval(), small.image_shape)  # traced once, for both cuts
+        if cuttable.units == 1:
+            raise M2MKDError(f"no place to cut{cuttable.why_no_more}")
+        chains = [cuttable.cut(cuttable.units), cuttable.cut(min(4, cuttable.units))]
+        layouts = tuple(sorted({stage.out_cut.layout for stage in list(chains[0])[:-1]}))
+        found |= {"units": cuttable.units, "cuts": len(chains[0]) - 1, "layouts": layouts}
     except Exception as error:  # whatever a model of others' does is a finding, and the next one's turn
         return Finding(**found, evaluation=_reason(error), training=_reason(error))
     images = torch.randn(4, *small.image_shape, generator=torch.Generator().manual_seed(1))
@@ -170,7 +172,8 @@ def cells(finding: Finding, architectures: int) -> tuple[str, ...]:
     tried = finding.architecture + (f" ({finding.shortened})" if finding.shortened else "")
     counts = ("-" if number is None else str(number) for number in (finding.pixels, finding.units, finding.cuts))
     layouts = ", ".join(layout.replace("_", " ") for layout in finding.layouts) or "-"
-    return finding.family, str(architectures), tried, *counts, layouts, finding.evaluation, finding.training
+    results = (textwrap.shorten(result, 240, placeholder=" …") for result in (finding.evaluation, finding.training))
+    return finding.family, str(architectures), tried, *counts, layouts, *results
 
 
 def share(findings: list[tuple[Finding, int]], every_architecture: bool) -> str:
