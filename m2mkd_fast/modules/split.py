@@ -46,12 +46,12 @@ def split(model: nn.Module, parts: Parts, image_shape: tuple[int, int, int] | No
         >>> teacher = split(create_model("vit_large_patch16_224"), [6, 6, 6, 6])
         >>> teacher = split(create_model("swin_tiny_patch4_window7_224"), "balanced:4")
     """
-    return _cuttable(model, image_shape).cut(parts)
+    return cuttable_of(model, image_shape).cut(parts)
 
 
 def resolve_depths(model: nn.Module, parts: Parts, image_shape: tuple[int, int, int] | None = None) -> tuple[int, ...]:
     """Number of units in each module for `split(model, parts)`; M2MKDError where the parts do not fit."""
-    return _cuttable(model, image_shape).depths(parts)
+    return cuttable_of(model, image_shape).depths(parts)
 
 
 class _Cuttable:
@@ -151,7 +151,8 @@ class _Traced(_Cuttable):
         return chain
 
 
-def _cuttable(model: nn.Module, image_shape: tuple[int, int, int] | None) -> _Cuttable:
+def cuttable_of(model: nn.Module, image_shape: tuple[int, int, int] | None = None) -> _Cuttable:
+    """The model, traced once and ready for several cuts: its `units` are counted, `cut(parts)` gives a chain."""
     from m2mkd_fast.models.stage import Stage
     from m2mkd_fast.models.transformer_stage import check_supported
 
