@@ -10,7 +10,9 @@ import griffe
 
 _LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 _DEFINITION = re.compile(r":math:`(?P<math>[^`]+)`|:[a-z]+:`(?P<short>~?)(?P<name>[\w.]+)`")
-_MATH_BLOCK = re.compile(r"^(?P<margin> *)\.\. math::(?P<first>[^\n]*)\n(?P<rest>(?:(?P=margin) +[^\n]+\n|\n)*)", re.MULTILINE)
+_MATH_BLOCK = re.compile(
+    r"^(?P<margin> *)\.\. math::(?P<first>[^\n]*)\n(?P<rest>(?:(?P=margin) +[^\n]+\n|\n)*)", re.MULTILINE
+)
 
 
 def on_page_markdown(markdown: str, *, page, config, files) -> str:

@@ -173,7 +173,9 @@ def test_pictures_are_those_that_the_script_draws():
 
 def test_every_public_name_is_on_an_api_page():
     shown = {
-        match[1] for page in (ROOT / "docs/api").glob("*.md") for match in re.finditer(r"^::: (\S+)", page.read_text(), re.M)
+        match[1]
+        for page in (ROOT / "docs/api").glob("*.md")
+        for match in re.finditer(r"^::: (\S+)", page.read_text(), re.M)
     }
     for name in set(m2mkd_fast.__all__) - {"__version__"}:
         home = getattr(m2mkd_fast, name).__module__
