@@ -63,7 +63,8 @@ class Picture:
 
     def text(self, x: float, y: float, words: str, colour: str = INK, anchor: str = "start", size: int = 13) -> None:
         self.parts.append(
-            f'<text x="{x:g}" y="{y:g}" fill="{colour}" text-anchor="{anchor}" font-size="{size}">{escape(words)}</text>'
+            f'<text x="{x:g}" y="{y:g}" fill="{colour}" text-anchor="{anchor}" font-size="{size}">'
+            f"{escape(words)}</text>"
         )
 
     def svg(self) -> str:
@@ -107,7 +108,7 @@ def pair() -> str:
     """What one teaching pair computes."""
     picture = Picture(760, 250, "A teaching pair: the same prefix, two modules, the same suffix, three losses")
     picture.text(14, 104, "images")
-    picture.box(80, 72, 120, 56, TEACHER, "teacher's\nmodules 0 … i−1")
+    picture.box(80, 72, 120, 56, TEACHER, "teacher's\nmodules 0 … i-1")
     picture.line((62, 100), (78, 100))
     picture.line((202, 100), (222, 100), (222, 50), (268, 50))
     picture.line((202, 100), (222, 100), (222, 150), (256, 150))
@@ -118,7 +119,7 @@ def pair() -> str:
     picture.stitch(378, 150, 26, 44)
     picture.line((394, 150), (462, 150))
     for y in (50, 150):
-        picture.box(464, y - 26, 120, 52, META, "meta model's\ni+1 … L−1")
+        picture.box(464, y - 26, 120, 52, META, "meta model's\ni+1 … L-1")
         picture.line((586, y), (632, y))
         picture.text(638, y + 4, "logits")
     picture.line((430, 54), (430, 146), tip=False, dashed=True, colour=STITCH)
@@ -182,7 +183,7 @@ def routing() -> str:
             picture.box(308, target - 10, 50, 20, STUDENT, str(token))
             picture.line((202, 126), (306, target), colour="#9AA0A6", width=1)
             picture.line((452, 66 + 68 * expert), (out - 2, y), colour="#9AA0A6", width=1)
-            picture.box(out, y - 11, 200, 22, TEACHER, f"weight × MLP {expert}(token {token})", strong=False)
+            picture.box(out, y - 11, 200, 22, TEACHER, f"weight · MLP {expert}(token {token})", strong=False)
         else:
             picture.box(out, y - 11, 200, 22, "#9AA0A6", f"0: token {token} was dropped", strong=False)
     picture.text(540, 24, "what is added to each token")
