@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -28,7 +29,15 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FENCE = re.compile(r"^(?P<margin> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^ *```$", re.DOTALL | re.MULTILINE)
-SHORT_PHASES = ("teacher.train", "meta.train", "incubation.train", "incubation.finetune", "pair.train", "e2e")
+PHASES = (
+    "teacher.train",
+    "meta.train",
+    "incubation.train",
+    "incubation.finetune",
+    "pair.train",
+    "e2e",
+    "baseline.train",
+)
 
 
 def title(path: Path) -> str:
@@ -52,7 +61,11 @@ def code_of(page: Path) -> str:
 
 def commands(page: Path) -> list[list[str]]:
     """The commands in a page's shell blocks, as words."""
-    lines = "".join(block["code"] for block in blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [words for block in blocks(page, "sh") for words in commands_of(block["code"])]
+
+
+def commands_of(script: str) -> list[list[str]]:
+    lines = script.replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     # Settings of the environment stand before the command.
     return [line[next(i for i, word in enumerate(line) if not re.match(r"\w+=", word)) :] for line in words if line]
@@ -62,12 +75,17 @@ WITH_CODE = [page for page in PAGES if code_of(page)]
 WITH_COMMANDS = [page for page in PAGES if commands(page)]
 
 
-@pytest.mark.parametrize("page", [*WITH_CODE, *EXAMPLES], ids=title)
-def test_code_runs(page, monkeypatch, tmp_path):
-    """As it stands, but that no training is longer than two steps."""
+@pytest.fixture
+def shortened(monkeypatch, tmp_path) -> None:
+    """An empty folder to work in, and no training of more than two steps."""
     whole = teaching.fit
     monkeypatch.setattr(teaching, "fit", lambda task, split, config, **more: whole(task, split, short(config), **more))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", [*WITH_CODE, *EXAMPLES], ids=title)
+def test_code_runs(page, shortened):
+    """As it stands, but that no training is longer than two steps."""
     exec(compile(code_of(page), str(page), "exec"), {"__name__": "__main__"})
 
 
@@ -130,22 +148,25 @@ def test_configurations_are_understood(page):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=title)
-def test_commands_run(page, monkeypatch, tmp_path, capsys):
-    """A page's `m2mkd` commands, in its order, on its configurations with one step a phase and few images."""
+@pytest.mark.parametrize("page", [page for page in WITH_COMMANDS if "m2mkd " in page.read_text()], ids=title)
+def test_a_reader_can_follow(page, shortened, tmp_path, capsys):
+    """Code and `m2mkd` commands in the page's order; the project's configurations with one step a phase, few images."""
     (tmp_path / "configs").mkdir()
     for path in (ROOT / "configs").glob("*.yaml"):
         config = OmegaConf.load(path)
-        for phase in (*SHORT_PHASES, "baseline.train"):
+        for phase in PHASES:
             OmegaConf.update(config, phase, {"steps": 1, "batch_size": 8, "evaluate_every": 1}, force_add=True)
         OmegaConf.update(config, "data.options", {"images_per_class": 8}, force_add=True)
         OmegaConf.update(config, "meta.max_hybrid_drop", 100.0, force_add=True)
         OmegaConf.save(config, tmp_path / "configs" / path.name)
-    monkeypatch.chdir(tmp_path)
-    for words in commands(page):
-        if words[0] == "m2mkd":
-            alone = re.sub(r" --jobs \d+", "", shlex.join(words[1:]))
-            assert cli.main(shlex.split(alone)) == 0, f"{shlex.join(words)}: {capsys.readouterr().err[-2000:]}"
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in FENCE.finditer(page.read_text()):
+        if block["language"] == "python":
+            exec(block["code"], names)
+        for words in commands_of(block["code"]) if block["language"] == "sh" else ():
+            if words[0] == "m2mkd":
+                alone = re.sub(r" --jobs \d+", "", shlex.join(words[1:]))
+                assert cli.main(shlex.split(alone)) == 0, f"{shlex.join(words)}: {capsys.readouterr().err[-2000:]}"
 
 
 @pytest.mark.slow
