@@ -15,8 +15,8 @@ def find_blocks(model: nn.Module) -> set[str]:
     """Paths of the modules that a cut may run between; no path lies within another.
 
     timm's models say them (`group_matcher`); other models' blocks are the compound modules in their plain lists
-    (nn.Sequential, nn.ModuleList), or of the model itself where there are none. Where that leads to stages that hold a list of several blocks of one class, the
-    blocks are those. Raises M2MKDError for a model without any.
+    (nn.Sequential, nn.ModuleList), or of the model itself where there are none. Where that leads to stages that hold a
+    list of several blocks of one class, the blocks are those. Raises M2MKDError for a model without any.
     """
     blocks = _matched(model)
     if len(blocks) < 2:

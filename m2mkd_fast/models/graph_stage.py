@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.batch_integers import BatchInteger
 from m2mkd_fast.models.fresh import fresh_graph_stage
-from m2mkd_fast.models.spine import Spine
+from m2mkd_fast.models.spine import Place, Spine
 from m2mkd_fast.models.stage import Stage
 from m2mkd_fast.models.tracing import InputDevice
 
@@ -65,9 +65,9 @@ class GraphStage(Stage, nn.Module):
         graphs, constants = {}, {}
         for training, program in spine.programs.items():
             places = spine.places[training]
-            source = None if self.is_first else places[start - 1]
-            target = None if self.is_last else places[stop - 1]
-            graphs[training] = _stage_graph(program.graph, source, target)
+            before = None if self.is_first else places[start - 1]
+            after = None if self.is_last else places[stop - 1]
+            graphs[training] = _stage_graph(program.graph, before, after)
             constants.update(program.constants)
         self._hold(model, {str(n.target) for g in graphs.values() for n in g.nodes if n.op in _HOLDERS}, constants)
         self._undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
@@ -132,11 +132,12 @@ class GraphStage(Stage, nn.Module):
         return f"units {self.start}..{self.stop - 1} of a {self.model_name}"
 
 
-def _stage_graph(program: fx.Graph, source: fx.Node | None, target: fx.Node | None) -> fx.Graph:
-    """What a program computes after `source` (None: the images) up to `target` (None: its output)."""
+def _stage_graph(program: fx.Graph, start: Place | None, stop: Place | None) -> fx.Graph:
+    """What a program computes from `start` (None: the images) up to `stop` (None: its output)."""
     nodes = list(program.nodes)
-    first = 1 if source is None else nodes.index(source) + 1
-    inside = nodes[first:] if target is None else nodes[first : nodes.index(target) + 1]
+    source = nodes[0] if start is None else start.value
+    first = 1 if start is None else nodes.index(start.last) + 1
+    inside = nodes[first:] if stop is None else nodes[first : nodes.index(stop.last) + 1]
     wanted = {node for node in inside if node.op == "output" or node.meta["image"]}
     pending = list(wanted)
     while pending:
@@ -146,12 +147,12 @@ def _stage_graph(program: fx.Graph, source: fx.Node | None, target: fx.Node | No
                 pending.append(node)
     graph = fx.Graph()
     given = graph.placeholder("x")
-    given.meta = dict((source or nodes[0]).meta)
-    if source is not None and source.meta["written"]:
+    given.meta = dict(source.meta)
+    if start is not None and source.meta["written"]:
         # What the stage before gave is not this stage's to change.
         given = graph.call_method("clone", (given,))
         given.meta = dict(source.meta)
-    copies = {source or nodes[0]: given}
+    copies = {source: given}
     images: list[fx.Node] = []
 
     def copied(value: Any) -> Any:
@@ -176,7 +177,7 @@ def _stage_graph(program: fx.Graph, source: fx.Node | None, target: fx.Node | No
         if node in wanted and node.op != "output":
             copies[node] = graph.create_node(node.op, node.target, copied(tuple(node.args)), copied(dict(node.kwargs)))
             copies[node].meta = dict(node.meta)
-    graph.output(copied(nodes[-1].args[0] if target is None else target))
+    graph.output(copied(nodes[-1].args[0] if stop is None else stop.value))
     return graph
 
 

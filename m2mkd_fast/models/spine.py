@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import fx, nn
 
@@ -34,6 +36,13 @@ class Crossing:
         return f"between {self.before} and {self.after} there cross {' and '.join(self.carried)}"
 
 
+class Place(NamedTuple):
+    """Where a cut is: `value` is the node of the one tensor that passes, `last` the last node before the cut."""
+
+    value: fx.Node
+    last: fx.Node
+
+
 @dataclass(frozen=True)
 class Spine:
     """What a model computes, as a row of units with exactly one tensor between neighbours.
@@ -46,7 +55,7 @@ class Spine:
         image_shape: channels, height and width of the images it was found with.
         programs: the model's graph in eval (False) and train mode (True).
         units: paths of the blocks in each unit, in the order in which they run.
-        places: for both programs the node after which each cut is, one fewer than the units.
+        places: for both programs where each cut is, one fewer than the units.
         cuts: what passes at each of these places.
         crossings: the places between blocks where no cut can be.
     """
@@ -54,7 +63,7 @@ class Spine:
     image_shape: tuple[int, int, int]
     programs: dict[bool, Program]
     units: tuple[tuple[str, ...], ...]
-    places: dict[bool, tuple[fx.Node, ...]]
+    places: dict[bool, tuple[Place, ...]]
     cuts: tuple[Cut, ...]
     crossings: tuple[Crossing, ...]
 
@@ -81,6 +90,9 @@ def find_spine(model: nn.Module, image_shape: tuple[int, int, int] | None = None
     shape = image_shape_of(model) if image_shape is None else tuple(image_shape)
     parents = {block[:i] for block in blocks for i, letter in enumerate(block) if letter == "."}
     programs = trace(model, parents, shape)
+    while opened := _giving_several(programs.values(), blocks):
+        parents |= opened
+        programs = trace(model, parents, shape)
     result = programs[False].graph.output_node().args[0]
     if not isinstance(result, fx.Node):
         raise M2MKDError(
@@ -98,11 +110,12 @@ def find_spine(model: nn.Module, image_shape: tuple[int, int, int] | None = None
     units, places, cuts, crossings = [[names[0]]], {False: [], True: []}, [], []
     for position, name in enumerate(names[1:]):
         sides = {training: found[training][position] for training in programs}
-        carried = next((place for place in sides.values() if not isinstance(place, fx.Node)), None)
+        carried = next((side for side in sides.values() if not isinstance(side, Place)), None)
         if carried is None:
-            cut = cut_of(model, sides[False])
-            if cut is None or sides[False].meta["shape"] != sides[True].meta["shape"]:
-                carried = tuple(f"{_described(place)}, which is no map and no tokens" for place in sides.values())[:1]
+            value = sides[False].value
+            cut = cut_of(model, value)
+            if cut is None or value.meta["shape"] != sides[True].value.meta["shape"]:
+                carried = (f"{_described(value)}, which is neither tokens nor a map whose channels can be told",)
         if carried is not None:
             crossings.append(Crossing(names[position], name, carried))
         else:
@@ -140,21 +153,21 @@ def image_shape_of(model: nn.Module) -> tuple[int, int, int]:
     return int(channels), int(height), int(width)
 
 
-def cut_of(model: nn.Module, place: fx.Node) -> Cut | None:
-    """Width, layout and grid of what passes at a place; None where the layout is not known.
+def cut_of(model: nn.Module, value: fx.Node) -> Cut | None:
+    """Width, layout and grid of the tensor of a node; None where the layout is not known.
 
     Three axes are tokens, and a grid where their number fits one that the model has. Of four, the channels' axis is
     told by what the model does with the map, else by the widths that it states, else by the square of the other two.
     """
-    shape = place.meta["shape"]
+    shape = value.meta["shape"]
     if shape[0] != BATCHES[0]:
         return None
     if len(shape) == 3:
-        prefix, grid = _token_grid(model, place, shape[1])
+        prefix, grid = _token_grid(model, value, shape[1])
         return Cut(shape[2], "tokens", grid, prefix)
     if len(shape) != 4:
         return None
-    layout = place.meta["layout"]
+    layout = value.meta["layout"]
     if layout is None:
         stated = {info["num_chs"] for info in getattr(model, "feature_info", None) or () if "num_chs" in info}
         first, last = shape[1] in stated, shape[3] in stated
@@ -168,25 +181,31 @@ def cut_of(model: nn.Module, place: fx.Node) -> Cut | None:
     return Cut(shape[3], layout, (shape[1], shape[2]))
 
 
+def _giving_several(programs: Iterable[Program], blocks: set[str]) -> set[str]:
+    """Modules between the blocks that give more than one tensor, of which some may not depend on the images."""
+    calls = (node for program in programs for node in program.graph.nodes if node.op == "call_module")
+    return {node.target for node in calls if node.target not in blocks and "shape" not in node.meta}
+
+
 def _block_calls(graph: fx.Graph, blocks: set[str]) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "call_module" and node.target in blocks and node.meta["image"]]
 
 
-def _places(graph: fx.Graph, calls: list[fx.Node]) -> list[fx.Node | tuple[str, ...]]:
-    """For each pair of neighbouring blocks the node after which to cut, or what crosses where there is none.
+def _places(graph: fx.Graph, calls: list[fx.Node]) -> list[Place | tuple[str, ...]]:
+    """For each pair of neighbouring blocks where to cut, or what crosses where there is none.
 
     The first possible place after a block is taken, so that what leads to the next stage belongs to the next module.
     """
     nodes = list(graph.nodes)
     position = {node: i for i, node in enumerate(nodes)}
     last_use = {node: max((position[user] for user in node.users), default=-1) for node in nodes}
-    found: list[fx.Node | tuple[str, ...]] = []
+    found: list[Place | tuple[str, ...]] = []
     for call, following in pairwise(calls):
         least: list[fx.Node] | None = None
         for i in range(position[call], position[following]):
             alive = [node for node in nodes[: i + 1] if node.meta.get("image") and last_use[node] > i]
             if len(alive) == 1 and alive[0].op != "placeholder" and "shape" in alive[0].meta:
-                found.append(alive[0])
+                found.append(Place(alive[0], nodes[i]))
                 break
             if least is None or len(alive) < len(least):
                 least = alive
@@ -196,22 +215,25 @@ def _places(graph: fx.Graph, calls: list[fx.Node]) -> list[fx.Node | tuple[str, 
 
 
 def _described(node: fx.Node) -> str:
-    shape = f" {list(node.meta['shape'])}".replace(f"[{BATCHES[0]},", "[B,") if "shape" in node.meta else "s"
+    shape = "s"
+    if "shape" in node.meta:
+        batch, *rest = node.meta["shape"] or ("",)
+        shape = f" [{', '.join(map(str, ['B' if batch == BATCHES[0] else batch, *rest]))}]"
     if node.op == "placeholder":
         return f"the images{shape}"
     source = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     return f"a tensor{shape} from {source}"
 
 
-def _token_grid(model: nn.Module, place: fx.Node, tokens: int) -> tuple[int, tuple[int, int] | None]:
+def _token_grid(model: nn.Module, value: fx.Node, tokens: int) -> tuple[int, tuple[int, int] | None]:
     prefixes = dict.fromkeys((int(getattr(model, "num_prefix_tokens", 0) or 0), 0, 1))
     grids = []
     for owner in (getattr(model, "patch_embed", None), model):
         grid = getattr(owner, "grid_size", None)
         if isinstance(grid, list | tuple) and len(grid) == 2:
             grids.append(tuple(map(int, grid)))
-    for node in place.graph.nodes:  # the nearest map before the place that has as many positions
-        if node is place:
+    for node in value.graph.nodes:  # the nearest map before it that has as many positions
+        if node is value:
             break
         shape = node.meta.get("shape", ())
         if node.meta.get("image") and len(shape) == 4 and shape[0] == BATCHES[0]:

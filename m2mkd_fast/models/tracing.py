@@ -27,6 +27,11 @@ from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.batch_integers import BATCHES, merged_arguments
 from m2mkd_fast.models.layout_evidence import LayoutEvidence
 
+# Functions that take no more of a tensor than shape, dtype and device, and those that make the same without the tensor.
+_FILLED = {
+    "zeros_like": torch.zeros, "new_zeros": torch.zeros, "ones_like": torch.ones, "new_ones": torch.ones,
+    "empty_like": torch.empty, "new_empty": torch.empty, "full_like": torch.full, "new_full": torch.full,
+}  # fmt: skip
 _RUNNING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError)
 _READS_VALUES = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "nonzero", "__contains__"}
 
@@ -136,6 +141,11 @@ class _Recorder(TorchFunctionMode):
             return result
         if name == "__setitem__":
             self._record("call_function", set_item, args, kwargs, args[0])
+        elif name in _FILLED:
+            filled = {"dtype": result.dtype, "device": result.device}
+            self._record(
+                "call_function", _FILLED[name], (tuple(result.shape), *_fill(name, args, kwargs)), filled, result
+            )
         elif _holds_tensor(result):
             self._record(*_operation(func, name, args), kwargs, result)
         return result
@@ -300,6 +310,12 @@ def _operation(func: Callable, name: str, args: tuple) -> tuple[str, Any, tuple]
     if descriptor or getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase.")):
         return "call_method", name, args
     return "call_function", func, args
+
+
+def _fill(name: str, args: tuple, kwargs: dict) -> tuple:
+    """The value that `full_like` or `new_full` was called with; nothing for the others."""
+    position = {"full_like": 1, "new_full": 2}.get(name)
+    return () if position is None else (kwargs["fill_value"] if "fill_value" in kwargs else args[position],)
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -38,7 +38,7 @@ def run(stages: list[GraphStage], x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_one_stage_a_unit_is_the_model_bit_for_bit(models, kind: str) -> None:  # noqa: ANN001
+def test_one_stage_a_unit_is_the_model_bit_for_bit(models, kind: str) -> None:
     model, spine = models[kind]
     stages = stages_of(model, spine)
     x = torch.randn(5, *IMAGE)
@@ -52,7 +52,7 @@ def test_one_stage_a_unit_is_the_model_bit_for_bit(models, kind: str) -> None:  
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_train_mode_is_the_models_with_dropout_statistics_and_gradients(models, kind: str) -> None:  # noqa: ANN001
+def test_train_mode_is_the_models_with_dropout_statistics_and_gradients(models, kind: str) -> None:
     model = small(kind).train()
     other = copy.deepcopy(model)
     stages = stages_of(other, models[kind][1])
@@ -68,7 +68,7 @@ def test_train_mode_is_the_models_with_dropout_statistics_and_gradients(models, 
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_state_names_are_the_models(models, kind: str) -> None:  # noqa: ANN001
+def test_state_names_are_the_models(models, kind: str) -> None:
     model, spine = models[kind]
     stages = stages_of(model, spine)
     full = model.state_dict(keep_vars=True)
@@ -83,14 +83,14 @@ def test_state_names_are_the_models(models, kind: str) -> None:  # noqa: ANN001
         assert len(held) == len(set(held))
 
 
-def test_a_table_that_several_stages_need_is_in_each(models) -> None:  # noqa: ANN001
+def test_a_table_that_several_stages_need_is_in_each(models) -> None:
     stages = stages_of(*models["beit"])
     name = "rel_pos_bias.relative_position_bias_table"
     assert all(stage.state_dict(keep_vars=True)[name] is models["beit"][0].rel_pos_bias.relative_position_bias_table
                for stage in stages)  # fmt: skip
 
 
-def test_a_copy_is_independent(models) -> None:  # noqa: ANN001
+def test_a_copy_is_independent(models) -> None:
     model, spine = models["swin"]
     stage = GraphStage(model, spine, 1, 3)
     x = torch.randn(2, 16, 16, 8)
@@ -125,7 +125,7 @@ def test_what_the_stage_before_gave_is_not_written_to() -> None:
     assert torch.equal(given, before)
 
 
-def test_stitches_at_both_ends(models) -> None:  # noqa: ANN001
+def test_stitches_at_both_ends(models) -> None:
     model, spine = models["convnext"]
     stage = copy.deepcopy(GraphStage(model, spine, 1, 3))
     stage.attach_stitches(6, 7)
@@ -134,10 +134,12 @@ def test_stitches_at_both_ends(models) -> None:  # noqa: ANN001
     assert {"pre_stitch.fc.weight", "post_stitch.fc.weight"} <= set(stage.state_dict())
 
 
-def test_compiled_without_a_break(models) -> None:  # noqa: ANN001
+def test_compiled_without_a_break(models) -> None:
     for kind in ("swin", "beit", "densenet"):
         model, spine = models[kind]
-        first, second = (torch.compile(s, fullgraph=True, backend="eager") for s in stages_of(model, spine, 0, 1, len(spine.units)))
+        first, second = (
+            torch.compile(s, fullgraph=True, backend="eager") for s in stages_of(model, spine, 0, 1, len(spine.units))
+        )
         x = torch.randn(2, *IMAGE)
         assert torch.equal(second(first(x)), model(x))
 
@@ -149,7 +151,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(run(stages_of(model, find_spine(model)), x), model(x))
 
 
-def test_bounds_are_checked(models) -> None:  # noqa: ANN001
+def test_bounds_are_checked(models) -> None:
     model, spine = models["resnet"]
     for start, stop in ((0, 6), (2, 2), (-1, 2)):
         with pytest.raises(M2MKDError, match=r"0 <= start < stop <= 5"):

@@ -78,7 +78,7 @@ def test_image_shapes() -> None:
 class Pieces(nn.Module):
     """Two blocks with something between them, on maps `[B, 1, 6, 6]`."""
 
-    def __init__(self, between, outputs=lambda x: x.mean((2, 3))) -> None:  # noqa: ANN001
+    def __init__(self, between, outputs=lambda x: x.mean((2, 3))) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)) for _ in range(2)))
         self.between, self.outputs = between, outputs
@@ -87,14 +87,49 @@ class Pieces(nn.Module):
         return self.outputs(self.blocks[1](self.between(self.blocks[0](x), x)))
 
 
-def test_a_skip_over_the_blocks_leaves_one_unit() -> None:
+def test_a_skip_between_the_blocks_is_cut_behind_the_sum() -> None:
     spine = find_spine(Pieces(lambda h, x: h + x), (1, 6, 6))
-    assert len(spine.units) == 2, "after the sum one tensor is left"
-    model = Pieces(lambda h, x: h)
-    model.forward = lambda x: (model.blocks[1](model.blocks[0](x)) + x).mean((2, 3))
-    with pytest.raises(M2MKDError, match="no one tensor|runs other blocks"):
-        # The patched forward is the original's, whose blocks are not those of the copy that is traced.
-        find_spine(model, (1, 6, 6))
+    assert [place.value.name for place in spine.places[False]] == ["add"]
+
+
+def test_a_skip_over_all_blocks_leaves_one_unit() -> None:
+    class Skip(Pieces):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(x) + x
+
+    spine = find_spine(Skip(None), (1, 6, 6))
+    assert len(spine.units) == 1
+    assert "there cross the images [B, 1, 6, 6] and a tensor [B, 1, 6, 6] from blocks.0" in str(spine.crossings[0])
+
+
+def test_what_depends_on_the_shape_alone_does_not_cross() -> None:
+    class Tabled(Pieces):
+        def forward(self, x: Tensor) -> Tensor:
+            table = torch.zeros_like(x) + x.new_full((1, 6), 2.0)
+            for block in self.blocks:
+                x = block(x) * table
+            return x.mean((2, 3))
+
+    assert len(find_spine(Tabled(None), (1, 6, 6)).units) == 2
+
+
+def test_modules_that_give_several_tensors_are_looked_into() -> None:
+    class Embed(nn.Sequential):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), torch.arange(6, device=x.device)
+
+    class Positioned(Pieces):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.embed = Embed(nn.Conv2d(1, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, positions = self.embed(x)
+            for block in self.blocks:
+                x = block(x) * positions
+            return x.mean((2, 3))
+
+    assert len(find_spine(Positioned(), (1, 6, 6)).units) == 2
 
 
 def test_several_outputs_are_refused() -> None:
@@ -103,5 +138,15 @@ def test_several_outputs_are_refused() -> None:
 
 
 def test_what_has_no_layout_is_no_cut() -> None:
-    (crossing,) = find_spine(Pieces(lambda h, x: (h.flatten(0, 1) * 2).unsqueeze(1)), (1, 6, 6)).crossings or [None]
-    assert crossing is None, "the first place, behind the block, has one"
+    class Flat(Pieces):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](x).flatten(1).sum(1)
+            for block in self.lines:
+                x = block(x)
+            return x
+
+    model = Flat(None)
+    model.lines = nn.ModuleList(nn.Sequential(nn.Identity()) for _ in range(2))
+    spine = find_spine(model, (1, 6, 6))
+    assert [len(unit) for unit in spine.units] == [1, 2]
+    assert "a tensor [B] from lines.0, which is neither tokens nor a map" in str(spine.crossings[0])

@@ -22,7 +22,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Blocks on the pixels' rows; `middle` is the model's own code between them."""
 
-    def __init__(self, middle=lambda x, model: x) -> None:  # noqa: ANN001
+    def __init__(self, middle=lambda x, model: x) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.scale = nn.Parameter(torch.ones(4))
@@ -84,7 +84,10 @@ def test_tensors_that_are_no_buffers_are_constants() -> None:
 @pytest.mark.parametrize(
     ("middle", "message"),
     [
-        (lambda x, model: x if x.sum() > 0 else -x, r"if x.sum\(\) > 0.*test_tracing.py.*values of images.*torch.where"),
+        (
+            lambda x, model: x if x.sum() > 0 else -x,
+            r"if x.sum\(\) > 0.*test_tracing.py.*values of images.*torch.where",
+        ),
         (lambda x, model: x * x.max().item(), "values of images"),
         (lambda x, model: x * x.shape[0] if x.shape[0] == 2 else x.abs(), "something else for 3 images than for 2"),
         (lambda x, model: x.view(7, 7), r"does not run on images of shape \[1, 4, 4\].*image_shape"),
@@ -92,7 +95,7 @@ def test_tensors_that_are_no_buffers_are_constants() -> None:
     ],
     ids=["bool", "item", "batch", "shape", "fine"],
 )
-def test_control_flow_and_shapes_without_an_answer_are_refused(middle, message: str | None) -> None:  # noqa: ANN001
+def test_control_flow_and_shapes_without_an_answer_are_refused(middle, message: str | None) -> None:
     if message is None:
         assert "detach" in targets(Model(middle))
     else:

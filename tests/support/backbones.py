@@ -20,7 +20,15 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 IMAGE = (1, 32, 32)
-_TOKENS = {"img_size": 32, "in_chans": 1, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 6}
+_TOKENS = {
+    "img_size": 32,
+    "in_chans": 1,
+    "patch_size": 8,
+    "embed_dim": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 6,
+}
 
 SMALL: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: ResNet(BasicBlock, (1, 1, 2, 1), 6, 1, channels=(8, 16, 24, 32), zero_init_last=False),
