@@ -10,7 +10,7 @@ from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.blocks import find_blocks
 from m2mkd_fast.models.spine import find_spine, image_shape_of
 from m2mkd_fast.nn.cut import Cut
-from tests.support.backbones import IMAGE, SMALL, small
+from tests.support.backbones import IMAGE, SMALL, small, small_spine
 
 TOKENS = Cut(16, "tokens", (4, 4), 1)
 CUTS = {
@@ -34,7 +34,7 @@ CUTS = {
 
 @pytest.mark.parametrize("kind", CUTS)
 def test_units_and_what_passes_between_them(kind: str) -> None:
-    spine = find_spine(small(kind), IMAGE)
+    _, spine = small_spine(kind)
     assert list(spine.cuts) == CUTS[kind]
     assert len(spine.units) == len(CUTS[kind]) + 1
     assert spine.num_classes == 6
@@ -42,7 +42,7 @@ def test_units_and_what_passes_between_them(kind: str) -> None:
 
 
 def test_blocks_that_cannot_be_separated_are_one_unit_and_say_why() -> None:
-    spine = find_spine(small("densenet"), IMAGE)
+    _, spine = small_spine("densenet")
     assert [len(unit) for unit in spine.units] == [2, 2, 1]
     assert [(crossing.before, crossing.after) for crossing in spine.crossings] == [
         ("features.denseblock1.denselayer1", "features.denseblock1.denselayer2"),

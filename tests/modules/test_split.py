@@ -4,13 +4,18 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.graph_stage import GraphStage
 from m2mkd_fast.models.registry import create_model
 from m2mkd_fast.modules.chain import ModuleChain
 from m2mkd_fast.modules.split import resolve_depths, split, verify_split
+from tests.support.backbones import IMAGE, small, small_spine
 
 
 def vit(depth: int = 8, **overrides: object) -> nn.Module:
@@ -206,13 +211,97 @@ def test_parts_that_do_not_fit_are_refused(parts: object, message: str) -> None:
         split(vit(), parts)
 
 
-def test_models_of_another_kind_are_named() -> None:
-    with pytest.raises(M2MKDError, match=r"ResNet.*supported are"):
-        split(create_model("resnet18"), 4)
-    with pytest.raises(M2MKDError, match="Eva"):
-        split(create_model("eva02_tiny_patch14_224", depth=2, embed_dim=48, num_heads=2), 2)
-    with pytest.raises(M2MKDError, match="ModuleChain"):
+def test_wrappers_are_named() -> None:
+    with pytest.raises(M2MKDError, match="ModuleChain.*pass the bare model"):
         split(ModuleChain(split(vit(), 2)), 2)
+    with pytest.raises(M2MKDError, match="OptimizedModule"):
+        split(torch.compile(vit()), 2)
+    with pytest.raises(M2MKDError, match="DataParallel"):
+        split(nn.DataParallel(vit()), 2)
+    with pytest.raises(M2MKDError, match="TransformerStage"):
+        split(split(vit(), 2)[0], 2)
+
+
+@pytest.mark.parametrize("kind", ["swin", "beit", "densenet"])
+def test_other_models_are_split_bit_for_bit(kind: str) -> None:
+    model = small(kind)
+    x = torch.randn(5, *IMAGE)
+    chain = split(model, 2, IMAGE)
+    verify_split(model, chain, x)
+    assert [stage.slot for stage in chain] == [0, 1]
+    model.train()
+    chain.train()
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    torch.manual_seed(0)
+    expected = model(x)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    torch.manual_seed(0)
+    assert torch.equal(chain(x), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(["resnet", "swin", "eva", "cait", "densenet"]))
+def test_fuzz_any_cut_of_any_model_is_the_model(data: st.DataObject, kind: str) -> None:
+    model, spine = small_spine(kind)
+    units = len(spine.units)
+    inner = data.draw(st.sets(st.integers(1, units - 1)))
+    bounds = [0, *sorted(inner), units]
+    stages = [GraphStage(model, spine, a, b) for a, b in pairwise(bounds)]
+    x = torch.randn(data.draw(st.integers(1, 4)), *IMAGE, generator=torch.Generator().manual_seed(len(inner)))
+    verify_split(model, ModuleChain(stages), x)
+
+
+def test_splitting_changes_nothing_of_the_model() -> None:
+    model = small("resnet").train()
+    model.layer2.eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    chain = split(model, [1, 3, 1], IMAGE)
+    assert torch.equal(generator, torch.get_rng_state())
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert not any(parameter.is_meta for parameter in chain.parameters())
+
+
+def test_a_split_that_is_not_the_model_is_refused() -> None:
+    class Counting(nn.Sequential):
+        """Gives something else at each call, which no trace can hold."""
+
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Counting.calls += 1
+            return super().forward(x * Counting.calls).mean((2, 3))
+
+    blocks = [nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)) for _ in range(2)]
+    with pytest.raises(M2MKDError, match="something else|does not compute what the model does"):
+        split(Counting(*blocks), 2, (1, 4, 4))
+
+
+def test_more_parts_than_can_be_separated_are_refused_with_what_crosses() -> None:
+    model = small("densenet")
+    message = r"4 modules; choose between 1 and 3 \(of its 5 blocks not all can be separated: between .*denselayer1 and"
+    with pytest.raises(M2MKDError, match=message):
+        split(model, 4, IMAGE)
+    assert resolve_depths(model, 2, IMAGE) == (2, 1)
+
+
+def test_image_shape_of_a_vision_transformer_is_its_own() -> None:
+    with pytest.raises(M2MKDError, match=r"image_shape \(3, 9, 9\) given for a model of images \(1, 16, 16\)"):
+        split(vit(), 2, (3, 9, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "convnext_tiny", "mobilenet_v3_small", "swin_t"])
+def test_torchvision_models_are_split_bit_for_bit(name: str) -> None:
+    torch.manual_seed(0)
+    model = randomised(torchvision.models.get_model(name, weights=None, num_classes=6)).eval()
+    chain = split(model, 4, (3, 224, 224))
+    verify_split(model, chain, torch.randn(3, 3, 224, 224))
+    names = {key for stage in chain for key in stage.state_dict()}
+    assert names == set(model.state_dict())
 
 
 @pytest.mark.parametrize(("name", "depth"), [("vit_base_patch16_224", 3), ("vit_large_patch16_224", 6)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -12,12 +13,13 @@ from timm.models.densenet import DenseNet
 from timm.models.eva import Eva
 from timm.models.levit import Levit
 from timm.models.mlp_mixer import MlpMixer
-from timm.models.mobilenetv3 import lcnet_035
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.regnet import RegNet, RegNetCfg
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
+
+from m2mkd_fast.models.spine import Spine, find_spine
 
 IMAGE = (1, 32, 32)
 _TOKENS = {
@@ -47,7 +49,6 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "levit": lambda: Levit(
         32, 1, 6, embed_dim=(16, 24), key_dim=8, depth=(2, 1), num_heads=2, stem_type="s8", drop_rate=0.1
     ),
-    "lcnet": lambda: lcnet_035(in_chans=1, num_classes=6),
     "densenet": lambda: DenseNet(4, (2, 2, 1), 6, 1),
 }
 
@@ -59,8 +60,15 @@ def small(kind: str) -> nn.Module:
         return shaken(SMALL[kind]()).eval()
 
 
+@functools.cache
+def small_spine(kind: str) -> tuple[nn.Module, Spine]:
+    """A small model, to be left as it is, and its spine."""
+    model = small(kind)
+    return model, find_spine(model, IMAGE)
+
+
 def shaken(model: nn.Module) -> nn.Module:
-    """Parameters and statistics different from their initial values, which hide a missing layer where they are 0 or 1."""
+    """Parameters and statistics away from their initial values, which hide a missing layer where they are 0 or 1."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in model.parameters():
