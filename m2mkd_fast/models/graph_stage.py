@@ -104,6 +104,12 @@ class GraphStage(Stage, nn.Module):
             parents = [name[:i] for i, letter in enumerate(name) if letter == "."]
             if name not in names or not names.isdisjoint(parents):
                 continue
+            top = name.partition(".")[0]
+            if hasattr(self, top) and top not in {**self._modules, **self._parameters, **self._buffers}:
+                raise M2MKDError(
+                    f"cannot cut a {self.model_name}: its {top!r} has the name of an attribute of the stage that would "
+                    "hold it; give it another name"
+                )
             holder: nn.Module = self
             for part in parents:
                 part = part.rpartition(".")[2]

@@ -135,7 +135,8 @@ class _Recorder(TorchFunctionMode):
         if self.leaf is None and name in _READS_VALUES and self._depends_on_images(args):
             raise _ControlFlow(name)
         # Shapes are all that is asked for, and the fake kernel of this one is slow: most of a trace's time.
-        result = torch.empty_like(args[0]) if func is functional.batch_norm else func(*args, **kwargs)
+        shape_only = func is functional.batch_norm and args and args[0].is_meta
+        result = torch.empty_like(args[0]) if shape_only else func(*args, **kwargs)
         self.evidence.observe(name, args, result)
         if self.leaf is not None:
             return result

@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from backbones import IMAGE, SMALL, small, small_spine
 from torch import nn
 
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.graph_stage import GraphStage
 from m2mkd_fast.models.spine import Spine, find_spine
-from tests.support.backbones import IMAGE, SMALL, small, small_spine
 
 
 def stages_of(model: nn.Module, spine: Spine, *bounds: int) -> list[GraphStage]:
@@ -135,6 +135,14 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     model = small("eva").to(dtype)
     x = torch.randn(3, *IMAGE, dtype=dtype)
     assert torch.equal(run(stages_of(model, find_spine(model)), x), model(x))
+
+
+def test_names_that_a_stage_needs_itself_are_refused() -> None:
+    model = nn.Sequential()
+    model.depth = nn.Sequential(*(nn.Sequential(nn.Conv2d(1, 1, 1)) for _ in range(2)))
+    spine = find_spine(model, (1, 4, 4))
+    with pytest.raises(M2MKDError, match="its 'depth' has the name of an attribute"):
+        GraphStage(model, spine, 0, 1)
 
 
 def test_bounds_are_checked() -> None:

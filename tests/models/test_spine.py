@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backbones import IMAGE, SMALL, small, small_spine
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models import resnet18, vit_b_16
@@ -10,7 +11,6 @@ from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.blocks import find_blocks
 from m2mkd_fast.models.spine import find_spine, image_shape_of
 from m2mkd_fast.nn.cut import Cut
-from tests.support.backbones import IMAGE, SMALL, small, small_spine
 
 TOKENS = Cut(16, "tokens", (4, 4), 1)
 CUTS = {

@@ -5,6 +5,7 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 import torchvision
+from backbones import IMAGE, small, small_spine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
@@ -15,7 +16,6 @@ from m2mkd_fast.models.graph_stage import GraphStage
 from m2mkd_fast.models.registry import create_model
 from m2mkd_fast.modules.chain import ModuleChain
 from m2mkd_fast.modules.split import resolve_depths, split, verify_split
-from tests.support.backbones import IMAGE, small, small_spine
 
 
 def vit(depth: int = 8, **overrides: object) -> nn.Module:
