@@ -111,7 +111,9 @@ def _check_split(options: argparse.Namespace) -> None:
     findings = []
     for finding, count in split_survey.survey(options.check, options.all, options.output):
         findings.append((finding, count))
-        console.print(f"{finding.family}: {finding.architecture}: {finding.evaluation}", highlight=False)
+        console.print(
+            f"{finding.family}: {finding.architecture}: {finding.evaluation}", highlight=False, soft_wrap=True
+        )
     table = Table(title=split_survey.share(findings, options.all))
     for heading in split_survey.HEADINGS:
         table.add_column(heading)
@@ -120,7 +122,7 @@ def _check_split(options: argparse.Namespace) -> None:
     console.print(table)
     if options.write is not None:
         split_survey.write_markdown(options.write, findings, options.all, options.line)
-        console.print(options.write)
+        console.print(options.write, soft_wrap=True)
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -23,23 +23,7 @@ _SIDES = (64, 84, 96, 112, 126, 128, 144, 160, 192, 224, 240, 256, 288, 320, 384
 # What a model raises about images that it cannot take, in the constructor or on the way.
 _REFUSALS = (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 # Words for size in architectures' names, least first; names without any come last.
-_SIZES = (
-    "test",
-    "atto",
-    "femto",
-    "pico",
-    "nano",
-    "xxs",
-    "xx",
-    "xxtiny",
-    "xs",
-    "mini",
-    "tiny",
-    "ti",
-    "small",
-    "s",
-    "slim",
-)
+_SIZES = ("test", "atto", "femto", "pico", "nano", "xxs", "xx", "xxtiny", "xs", "mini", "tiny", "ti", "small", "s")
 _FEWER_BLOCKS = (
     {"depth": 4},
     {"depth": 2},

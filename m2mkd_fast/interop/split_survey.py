@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from m2mkd_fast.atomic import write_text_atomically
+from m2mkd_fast.atomic import unwritable, write_text_atomically
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.interop.small_models import PARAMETERS_AT_MOST, small_model, smallest
 from m2mkd_fast.modules import ModuleChain, verify_split
@@ -89,7 +89,7 @@ def survey(
 
     Raises:
         UnknownNameError: nothing matches the pattern.
-        M2MKDError: the output file is none of this kind.
+        M2MKDError: the output file is none of this kind, or cannot be written.
     """
     known = _read(Path(output)) if output is not None else {}
     for family, architectures in families(pattern).items():
@@ -99,8 +99,7 @@ def survey(
                 finding = check(family, name)
                 gc.collect()  # traced graphs refer to themselves, and hold models of up to a GiB
                 if output is not None:
-                    with open(output, "a") as file:
-                        file.write(json.dumps(asdict(finding)) + "\n")
+                    _append(Path(output), finding)
             yield finding, 1 if every_architecture else len(architectures)
 
 
@@ -145,6 +144,14 @@ def _reason(error: Exception) -> str:
         return message
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} in {Path(place.filename).name}:{place.lineno}: {message}"
+
+
+def _append(path: Path, finding: Finding) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(finding)) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def _read(path: Path) -> dict[str, Finding]:

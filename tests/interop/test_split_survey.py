@@ -141,6 +141,12 @@ def test_an_output_of_another_kind_is_refused(tmp_path):
         next(survey("test_vit", output=output))
 
 
+def test_an_output_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(split_survey, "check", lambda family, name: Finding(family, name))
+    with pytest.raises(M2MKDError, match="cannot write .*no_folder"):
+        next(survey("test_vit", output=tmp_path / "no_folder" / "findings.jsonl"))
+
+
 def test_the_share_counts_architectures_and_says_how(tmp_path):
     findings = [(Finding("a", "a1", evaluation=EXACT), 3), (Finding("b", "b1", evaluation="no | way"), 1)]
     assert share(findings, False).startswith("3 of 4 architectures")
