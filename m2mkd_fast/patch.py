@@ -67,12 +67,15 @@ def apply(model: nn.Module, rules: Mapping[str, Replacement] | Accelerate) -> Ha
 
     Raises:
         UnknownNameError: a pattern matches no module.
-        M2MKDError: a module is matched by two rules, or inside another one that is matched; it is part of an earlier
-            replacement; it has hooks, which the new layer would not call; a replacement does not know it; or there is
-            nothing that ``accelerate()`` recognises.
+        M2MKDError: there are no rules; a module is matched by two of them, or inside another one that is matched; it is
+            part of an earlier replacement; it has hooks, which the new layer would not call; a replacement does not
+            know it; or there is nothing that ``accelerate()`` recognises.
     """
     if isinstance(rules, Accelerate):
         rules = {"**": rules}
+    if not isinstance(rules, Mapping) or not rules:
+        given = "empty" if isinstance(rules, Mapping) else f"a {type(rules).__name__}"
+        raise M2MKDError(f"rules is {given}; expected {{pattern: replacement}}, as {{'blocks.*.mlp': mixture()}}")
     for pattern, replacement in rules.items():
         if not isinstance(replacement, Replacement):
             raise M2MKDError(
@@ -81,7 +84,8 @@ def apply(model: nn.Module, rules: Mapping[str, Replacement] | Accelerate) -> Ha
             )
     changes = []
     for stock, (paths, replacement) in _select(model, rules).items():
-        _check_hooks(paths[0], stock, replacement)
+        if replacement.knows(stock):
+            _check_hooks(paths[0], stock, replacement)
         try:
             layer = replacement.make(stock)
         except M2MKDError as error:

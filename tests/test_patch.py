@@ -154,7 +154,7 @@ def test_a_module_in_several_places_is_replaced_in_all() -> None:
     assert isinstance(twice.moe, FMoETransformerMLP)
 
 
-def broken_rules() -> dict[str, tuple[dict[str, object], str]]:
+def broken_rules() -> dict[str, tuple[object, str]]:
     moe, fast = mixture(2), fastmoe_mlp()
     return {
         "no match": ({"head": moe, "blocks.*.mpl": moe}, r"'blocks.\*.mpl'; did you mean 'blocks.\*.mlp'"),
@@ -163,6 +163,8 @@ def broken_rules() -> dict[str, tuple[dict[str, object], str]]:
         "root": ({"**": moe}, "matches the model itself"),
         "unknown module": ({"blocks.*.mlp": moe, "blocks.2.norm": moe}, "^blocks.2.norm: cannot upcycle a LayerNorm"),
         "other kind": ({"head": moe, "blocks.0.mlp": fast}, "^blocks.0.mlp: fastmoe_mlp.. replaces"),
+        "no rules": ({}, "rules is empty"),
+        "no patterns": (moe, "rules is a Mixture; expected {pattern"),
         "no replacement": ({"head": moe, "blocks.0.mlp": VisionMoE}, "the rule for 'blocks.0.mlp' is a type"),
         "nothing to accelerate": ({"head": moe, "blocks.*.norm": accelerate()}, "recognises nothing"),
     }
@@ -193,6 +195,8 @@ def test_a_place_is_patched_once_at_a_time(pattern: str) -> None:
     apply(patched, {"blocks.*.mlp": mixture(2)})
     handle.revert()
     apply(patched, {"blocks.*.moe": fastmoe_mlp()})
+    with pytest.raises(M2MKDError, match="blocks.0.moe: .* not a VisionMoE"):
+        apply(copy.deepcopy(patched), {"blocks.0.moe": fastmoe_mlp()})
 
 
 def test_revert_refuses_where_the_user_put_something_else() -> None:

@@ -98,7 +98,7 @@ class BEiTAttention(_BiasedAttention):
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__(stock)
-        self.qkv_bias_separate = stock.qkv_bias_separate
+        self.qkv_bias_separate = getattr(stock, "qkv_bias_separate", False)  # not in every version of timm
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         if self.q_bias is None:
@@ -121,10 +121,6 @@ class BEiTAttention(_BiasedAttention):
 
 class SwinAttention(_BiasedAttention):
     """For Swin's ``WindowAttention``: ``[B W, N, C]`` windows to the same, ``mask [W, N, N]``."""
-
-    def __init__(self, stock: nn.Module) -> None:
-        super().__init__(stock)
-        self.window_size, self.window_area = stock.window_size, stock.window_area
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         query, key, value = self._split_heads(self.qkv(x))
@@ -174,6 +170,7 @@ _MAKERS = {
 
 
 def _maker(module: nn.Module) -> type[_BiasedAttention] | None:
-    if not is_from(module, "timm", type(module).__name__):
+    kind = type(module)
+    if not is_from(module, "timm", kind.__name__):
         return None
-    return _MAKERS.get((type(module).__module__.rpartition(".")[2], type(module).__name__))
+    return _MAKERS.get((kind.__module__.rpartition(".")[2], kind.__name__))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.nn.evaluation_cache import CachesInEvaluation, EvaluationCache
 from m2mkd_fast.nn.expert_mlp import ExpertMLP, activation_name
+from m2mkd_fast.nn.router import Router
 from m2mkd_fast.nn.vision_moe import VisionMoE
 from m2mkd_fast.ops.expert_mlp import Activation, expert_mlp
 from m2mkd_fast.ops.route import Assignment
@@ -22,10 +23,9 @@ def fastmoe_mlp() -> FastMoE:
     The layer has the very parameters, under the same names (those of fastmoe to 1.0.0, which stacks its experts, and
     since 1.0.1, which keeps a list of them), and computes the same: biased logits, top-k, softmax over the k, nothing
     dropped. The router works in float32 at least, also where the stock one would round its logits to half precision;
-    a token whose k-th and next expert differ by less than that may get the other one. In place of
-    ``layer.gate.get_loss()``, which the stock gate always answers with zero, there is
-    :func:`m2mkd_fast.auxiliary_losses`. Experts in a list are stacked in every training step, and once in evaluation,
-    which keeps a second copy of them.
+    a token whose k-th and next expert differ by less than that may get the other one.
+    ``layer.gate.get_loss()`` answers with zero, as that of the stock gate does. Experts in a list are stacked in every
+    training step, and once in evaluation, which keeps a second copy of them.
 
     Gates other than ``NaiveGate``, gate hooks, masks, activations other than GELU, and layers on several devices or
     workers (``world_size``, ``slice_group``) are refused. For other gates build the model with VisionMoE, whose router
@@ -52,26 +52,25 @@ class FastMoE(Replacement):
             activation = activation_name(lambda: experts[0].activation)
         except M2MKDError as error:
             raise M2MKDError(f"cannot replace this FMoETransformerMLP: {error}") from error
-        layer = VisionMoE(
-            module.d_model,
-            weight.shape[1],
-            module.num_expert,
-            module.top_k,
-            act_layer=activation,
-            device="meta",
-            gate="top_k_softmax",
-            gate_bias=bias,
-        )
-        layer.train(module.training)
-        gate = layer.gate
+        sizes = {"num_experts": module.num_expert, "top_k": module.top_k, "device": "meta"}
+        layer = VisionMoE(module.d_model, weight.shape[1], act_layer=activation, **sizes)
         if listed:
             layer.experts = ExpertList(module.num_expert, module.d_model, weight.shape[1], activation)
-            layer.experts.train(module.experts.training)
         # The state dict of fastmoe's layer has the experts first.
         del layer.gate
-        layer.gate = gate
-        share_tensors(module, layer)
+        layer.gate = NaiveRouter(module.d_model, gate="top_k_softmax", gate_bias=bias, **sizes)
+        share_tensors(module, layer.train(module.training))
         return layer
+
+
+class NaiveRouter(Router):
+    """The router that computes what ``NaiveGate`` does, and answers, as that does, that its loss is zero."""
+
+    has_loss = True
+
+    def get_loss(self, clear: bool = True) -> Tensor:
+        """``[1]``, zero."""
+        return self.gate.weight.new_zeros(1)
 
 
 class ExpertList(CachesInEvaluation):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.nn.router import Router
 from m2mkd_fast.nn.upcycle import upcycle
 from m2mkd_fast.nn.vision_moe import VisionMoE
 from m2mkd_fast.patches.replacement import Replacement
@@ -40,8 +42,15 @@ def mixture(
         router: arguments of :class:`~m2mkd_fast.nn.router.Router`; its gate is ``"top_k_softmax"`` if not given.
 
     Raises:
+        UnknownNameError: there is no such argument of the router.
         M2MKDError: noise for fresh experts.
     """
+    known = {
+        name for name, option in inspect.signature(Router).parameters.items() if option.kind is option.KEYWORD_ONLY
+    }
+    for name in router:
+        if name not in known - {"device", "dtype"}:
+            raise UnknownNameError("option of the router", name, known - {"device", "dtype"})
     if noise and not upcycled:
         raise M2MKDError(f"noise is {noise}, but fresh experts differ anyway: leave it out, or say upcycled=True")
     return Mixture(num_experts, top_k, upcycled, noise, router)
@@ -58,6 +67,9 @@ class Mixture(Replacement):
     router: Mapping[str, Any] = field(default_factory=dict)
 
     shares_tensors = False
+
+    def knows(self, module: nn.Module) -> bool:
+        return isinstance(getattr(module, "fc2", None), nn.Linear)
 
     def make(self, module: nn.Module) -> VisionMoE:
         moe = upcycle(module, self.num_experts, self.noise, top_k=self.top_k, **self.router)

@@ -23,9 +23,9 @@ class Replacement(ABC):
             M2MKDError: the module is not of the kind that is replaced, or does something the layer does not.
         """
 
+    @abstractmethod
     def knows(self, module: nn.Module) -> bool:
-        """Whether the module is of the kind that is replaced, going by its class."""
-        return False
+        """Whether the module is of the kind that is replaced, at first sight."""
 
 
 def is_from(module: nn.Module, package: str, *names: str) -> bool:

@@ -106,6 +106,7 @@ def test_tools_of_mixtures_work_on_it() -> None:
     with inference_routing(stock, top_k=1):
         stock(tokens())
     assert len(expert_load(stock)["1"]) == 4
+    assert stock[1].gate.has_loss and torch.equal(stock[1].gate.get_loss(), torch.zeros(1, dtype=torch.float64))
     twin = copy.deepcopy(stock)
     assert torch.equal(twin(tokens()), stock(tokens()))
 

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from m2mkd_fast import apply, auxiliary_losses, mixture
-from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.nn.router import ROUTERS
 from m2mkd_fast.nn.vision_moe import VisionMoE
 
@@ -128,8 +128,8 @@ def test_noise_and_router_arguments_arrive() -> None:
     assert not torch.equal(experts[0], experts[1])
     patched(tokens())
     assert auxiliary_losses(patched) > 0
-    with pytest.raises(TypeError, match="capcity_factor"):
-        apply(model(), {"1": mixture(3, capcity_factor=2.0)})
+    with pytest.raises(UnknownNameError, match="'capcity_factor'; did you mean 'capacity_factor'"):
+        mixture(3, capcity_factor=2.0)
 
 
 def test_keeps_mode_and_what_is_frozen() -> None:
