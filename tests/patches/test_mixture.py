@@ -7,6 +7,8 @@ import io
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -86,6 +88,38 @@ def test_a_dense_state_dict_upcycles(kind: str, upcycled: bool, assign: bool) ->
     assert patched[1].experts.htoh4.weight[1:].any()
     assert list(state) == list(before)
     assert all(torch.equal(dense.state_dict()[name], before[name]) for name in before)
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from(sorted(MLPS)),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.booleans(),
+    st.sampled_from([torch.float64, torch.float32]),
+)
+def test_fuzz_patched_models_compute_the_dense_model(
+    kind: str, num_experts: int, top_k: int, upcycled: bool, dtype: torch.dtype
+) -> None:
+    dense, patched = model(kind, seed=1).to(dtype), model(kind, seed=1).to(dtype)
+    handle = apply(patched, {"1": mixture(num_experts, min(top_k, num_experts), upcycled=upcycled)})
+    if not upcycled:
+        patched.load_state_dict(dense.state_dict())
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(patched(tokens().to(dtype)), dense(tokens().to(dtype)), rtol=tolerance, atol=tolerance)
+    handle.revert()
+    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in patched.state_dict().items())
+
+
+def test_a_model_without_memory_is_patched_and_then_loaded() -> None:
+    dense = model()
+    with torch.device("meta"):
+        patched = nn.Sequential(nn.Linear(8, 8), Mlp(8, 16)).double()
+    apply(patched, {"1": mixture(2)})
+    assert all(parameter.is_meta for parameter in patched.parameters())
+    patched.to_empty(device="cpu")[1].gate.gate.reset_parameters()
+    patched.load_state_dict(dense.state_dict())
+    torch.testing.assert_close(patched(tokens()), dense(tokens()))
 
 
 def test_a_dense_state_dict_that_does_not_fit_is_an_error() -> None:
