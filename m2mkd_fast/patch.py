@@ -14,7 +14,7 @@ from torch import nn
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.patches.accelerate import Accelerate
-from m2mkd_fast.patches.replacement import Replacement, share_tensors
+from m2mkd_fast.patches.replacement import Replacement, check_same_tensors, share_tensors
 
 logger = logging.getLogger("m2mkd_fast")
 
@@ -177,8 +177,8 @@ class Handle:
         changed.
 
         Raises:
-            M2MKDError: it has been reverted before; or something else is in the place of a layer now, and nothing has
-                been changed.
+            M2MKDError: it has been reverted before; or something else is in the place of a layer now, or it has other
+                tensors, and nothing has been changed.
         """
         if self._changes is None:
             raise M2MKDError("these replacements have been reverted before; call apply again to put them back")
@@ -191,6 +191,8 @@ class Handle:
                         f"cannot revert: there is {what} at {path} now, not the {type(change.layer).__name__} that "
                         "was put there; put it back, or revert what replaced it first"
                     )
+            if change.shares_tensors:
+                check_same_tensors(change.layer, change.stock)
         for change in self._changes:
             _restore(change)
             _put(self.model, change.paths, change.stock)
@@ -216,7 +218,7 @@ def _select(model: nn.Module, rules: Mapping[str, Replacement]) -> dict[nn.Modul
     chosen: dict[nn.Module, tuple[str, Replacement]] = {}
     for pattern, replacement in rules.items():
         parts = pattern.split(".")
-        matched = [m for m, paths in places.items() if any(_matches(parts, path) for path in paths)]
+        matched = [m for m, paths in places.items() if any(_matches(parts, path.split(".")) for path in paths)]
         if not matched:
             general = {re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for paths in places.values() for path in paths}
             raise UnknownNameError("module path or pattern", pattern, general - {""})
@@ -260,8 +262,7 @@ def _check_nesting(places: Mapping[nn.Module, list[str]], chosen: Mapping[nn.Mod
                     )
 
 
-def _matches(pattern: list[str], path: str | list[str]) -> bool:
-    path = path.split(".") if isinstance(path, str) else path
+def _matches(pattern: list[str], path: list[str]) -> bool:
     if not pattern or not path:
         return not path and all(part == "**" for part in pattern)
     if pattern[0] == "**":
@@ -321,6 +322,3 @@ def _restore(change: _Change) -> None:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-__all__ = ["Handle", "Replaced", "Report", "apply"]

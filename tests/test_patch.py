@@ -83,7 +83,7 @@ def test_fuzz_patterns_mean_what_a_search_through_all_expansions_finds(pattern: 
         all(part in ("*", name) for part, name in zip(expansion, path, strict=True))
         for expansion in expansions(pattern, len(path))
     )
-    assert _matches(pattern, ".".join(path)) == wanted
+    assert _matches(pattern, path) == wanted
 
 
 def test_several_rules_log_and_report(caplog: pytest.LogCaptureFixture) -> None:
@@ -209,6 +209,13 @@ def test_revert_refuses_where_the_user_put_something_else() -> None:
     del patched["blocks"][1].mlp
     with pytest.raises(M2MKDError, match="nothing at blocks.1.mlp now"):
         handle.revert()
+    patched = model()
+    handle = apply(patched, {"blocks.*.moe": fastmoe_mlp()})
+    moe = patched["blocks"][2].moe
+    moe.gate.gate.bias = None
+    with pytest.raises(M2MKDError, match=r"has other tensors .*gate.gate.bias \(none, not \(2,\)\)"):
+        handle.revert()
+    assert isinstance(patched["blocks"][0].moe, VisionMoE)
 
 
 def my_hook(*arguments: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -45,12 +45,11 @@ def mixture(
         UnknownNameError: there is no such argument of the router.
         M2MKDError: noise for fresh experts.
     """
-    known = {
-        name for name, option in inspect.signature(Router).parameters.items() if option.kind is option.KEYWORD_ONLY
-    }
+    options = inspect.signature(Router).parameters.values()
+    known = {option.name for option in options if option.kind is option.KEYWORD_ONLY} - {"device", "dtype"}
     for name in router:
-        if name not in known - {"device", "dtype"}:
-            raise UnknownNameError("option of the router", name, known - {"device", "dtype"})
+        if name not in known:
+            raise UnknownNameError("option of the router", name, known)
     if noise and not upcycled:
         raise M2MKDError(f"noise is {noise}, but fresh experts differ anyway: leave it out, or say upcycled=True")
     return Mixture(num_experts, top_k, upcycled, noise, router)
@@ -64,7 +63,7 @@ class Mixture(Replacement):
     top_k: int
     upcycled: bool
     noise: float
-    router: Mapping[str, Any] = field(default_factory=dict)
+    router: Mapping[str, Any]
 
     shares_tensors = False
 

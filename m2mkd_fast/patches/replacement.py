@@ -40,11 +40,7 @@ def share_tensors(source: nn.Module, target: nn.Module) -> None:
     Raises:
         M2MKDError: there are others, or they have other shapes. Nothing has been changed then.
     """
-    theirs, ours = _shapes(source), _shapes(target)
-    if theirs != ours:
-        different = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
-        listed = ", ".join(f"{name} ({theirs.get(name, 'none')}, not {ours.get(name, 'none')})" for name in different)
-        raise M2MKDError(f"this {type(source).__name__} has other tensors than the published layer: {listed}")
+    check_same_tensors(source, target)
     for name, module in target.named_modules():
         # Layers without tensors may have other places: activations in wrappers, dropout.
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -53,6 +49,17 @@ def share_tensors(source: nn.Module, target: nn.Module) -> None:
             module.training = counterpart.training
             for key, _ in tensors:
                 setattr(module, key, getattr(counterpart, key))
+
+
+def check_same_tensors(source: nn.Module, target: nn.Module) -> None:
+    """Raise unless both have parameters and buffers of the same names and shapes; the error lists the others."""
+    theirs, ours = _shapes(source), _shapes(target)
+    if theirs != ours:
+        different = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+        listed = ", ".join(f"{name} ({theirs.get(name, 'none')}, not {ours.get(name, 'none')})" for name in different)
+        raise M2MKDError(
+            f"this {type(source).__name__} has other tensors than the {type(target).__name__} in its place: {listed}"
+        )
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
