@@ -59,6 +59,7 @@ def test_a_circuit_keeps_its_graphs_name(tmp_path: Path) -> None:
     convert(tmp_path / "nac.pth", tmp_path / "ours.safetensors", options={"model": "nac_micro.erdos"})
     conversion = convert(tmp_path / "ours.safetensors", tmp_path / "ours")
     assert conversion.published.model == "nac_micro.erdos"
+    convert(tmp_path / "ours", tmp_path / "copy")
     again = create_model(f"local-dir:{tmp_path / 'ours'}")
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
     convert(tmp_path / "ours", tmp_path / "theirs.safetensors", "published")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.published.names import grouped
 from m2mkd_fast.models.published.record import Published, differences
 from m2mkd_fast.models.registry import create_model
 
@@ -39,6 +40,8 @@ def identify(state: dict[str, Tensor], options: Mapping[str, Any], facts: dict[s
     assumed = []
     tokens = options.pop("tokens", 1)
     found = _description(state)
+    if part is not None:
+        _require_widths(state, part, found)
     model = options.pop("model", None)
     if model is None:
         model = min(FAMILIES, key=lambda family: _distance(found, _reference(f"{family}.scale_free"))) + ".scale_free"
@@ -62,17 +65,16 @@ def identify(state: dict[str, Tensor], options: Mapping[str, Any], facts: dict[s
 
 def build(published: Published) -> nn.Module:
     """The circuit, or the module, with other weights."""
+    options = _merge(published.options, {"fit_signatures": False})  # the weights bring theirs
     if published.part is None:
-        return create_model(published.model, **published.options, fit_signatures=False)
+        return create_model(published.model, **options)
     from m2mkd_fast.models.nac.student import student_modules
 
     shapes = {name: tensor.shape for name, tensor in published.state.items()}
     width = shapes["post_stitch.weight"][0] if "post_stitch.weight" in shapes else shapes["pre_stitch.weight"][1]
     before = shapes["pre_stitch.weight"][1] if "pre_stitch.weight" in shapes else width
     tokens = shapes["codes"][0] if published.part == "first" else 1
-    options = _merge({"latent_graph_kwargs": {}}, published.options)
-    options["latent_graph_kwargs"]["num_iterations"] = 1
-    circuit = create_model(published.model, **options, fit_signatures=False)
+    circuit = create_model(published.model, **_merge(options, {"latent_graph_kwargs": {"num_iterations": 1}}))
     if published.part == "first":
         module = student_modules(circuit, (width, width), tokens)[0]
     elif published.part == "middle":
@@ -91,6 +93,22 @@ def _part(state: Mapping[str, Tensor]) -> Literal["first", "middle", "last"] | N
     if any(name.startswith("read_in.") for name in state):
         return "first"
     return "last" if any(name.startswith(("tokenizer.", "head.")) for name in state) else "middle"
+
+
+def _require_widths(state: Mapping[str, Tensor], part: str, found: Mapping[str, Any]) -> None:
+    """M2MKDError where a module lacks what its widths are read from."""
+    needed = {"first": ("post",), "middle": ("pre", "post"), "last": ("pre",)}[part]
+    names = [f"{side}_stitch.weight" for side in needed]
+    absent = [name for name in names if name not in state or state[name].dim() != 2]
+    if "state_dim" not in found:
+        absent.append("...receiver_layernorm.weight")
+    if "latent_graph_kwargs.code_dim" not in found:
+        absent.append("...query_compiler.scale.weight")
+    if absent:
+        raise M2MKDError(
+            f"these are weights of a circuit's {part} module without a usable {', '.join(absent)}, which its widths "
+            "are read from; its names are " + "; ".join(grouped(state))
+        )
 
 
 @functools.cache
@@ -126,7 +144,7 @@ def _description(state: Mapping[str, Tensor]) -> dict[str, Any]:
     for latents in ("input", "mediator", "output"):
         note(f"latent_graph_kwargs.num_{latents}_latents", shape(f"{latents}_latents.codes_"), 0)
     hidden = shape("ffn.ffn.2.native_weight")
-    if hidden is not None and len(hidden) == 2:
+    if hidden is not None and len(hidden) == 2 and hidden[0]:
         found["latent_graph_kwargs.ffn_capacity_factor"] = hidden[1] / hidden[0]
     if steps := count(r"^latent_graphs\.0\.propagators\.(\d+)\."):
         found["latent_graph_kwargs.num_iterations"] = steps

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.blueprint import Blueprint, remember
 from m2mkd_fast.models.state import load_strict
 
@@ -58,9 +59,19 @@ class Published:
         return module if self.part else remember(module, Blueprint(self.model, self.options))
 
     def expected(self) -> dict[str, torch.Size]:
-        """Names and shapes that :meth:`build` fills; nothing is allocated."""
-        with torch.device("meta"):
-            state = self.fresh().state_dict()
+        """Names and shapes that :meth:`build` fills; nothing is allocated.
+
+        Raises:
+            M2MKDError: the options make no model.
+        """
+        try:
+            with torch.device("meta"):
+                state = self.fresh().state_dict()
+        except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:  # how timm and torch say it
+            raise M2MKDError(
+                f"{self.model} cannot be built with {self.options}, as the weights' shapes and the given options say: "
+                f"{error}; correct the options, or look for tensors of a wrong shape"
+            ) from error
         return {name: tensor.shape for name, tensor in state.items() if not name.startswith("stages.")}
 
     def metadata(self) -> dict[str, Any]:

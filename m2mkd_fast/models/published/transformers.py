@@ -109,37 +109,38 @@ def stitches(state: Mapping[str, Tensor]) -> tuple[dict[int, int], dict[int, int
     sides: tuple[dict[int, int], dict[int, int]] = ({}, {})
     for name, tensor in state.items():
         match = re.fullmatch(r"blocks\.(\d+)\.(pre|post)_stitch\.fc\.weight", name)
-        if match is not None:
+        if match is not None and tensor.dim() == 2:
             sides[match[2] == "post"][int(match[1])] = tensor.shape[1 if match[2] == "pre" else 0]
     return sides
 
 
 def description(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the shapes say, by the arguments of our models."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    blocks = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
-    first = min(blocks)
-    width = next((shape[0] for name, shape in shapes.items() if re.search(r"norm1\.weight$", name)), 0)
-    found: dict[str, Any] = {"embed_dim": width, "depth": max(blocks) + 1}
-    found["qkv_bias"] = f"blocks.{first}.attn.qkv.bias" in shapes
-    mixtures = tuple(block for block in sorted(blocks) if f"blocks.{block}.moe.experts.h4toh.weight" in shapes)
-    down = shapes.get(f"blocks.{first}.mlp.fc2.weight")
+    blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
+    first, depth = min(blocks), max(blocks) + 1
+
+    def shape(name: str, dims: int) -> tuple[int, ...] | None:
+        return tuple(state[name].shape) if name in state and state[name].dim() == dims else None
+
+    width = (shape(f"blocks.{first}.norm1.weight", 1) or (0,))[0]
+    found: dict[str, Any] = {"embed_dim": width, "depth": depth}
+    found["qkv_bias"] = f"blocks.{first}.attn.qkv.bias" in state
+    mixtures = tuple(block for block in sorted(blocks) if shape(f"blocks.{block}.moe.experts.h4toh.weight", 3))
+    down = shape(f"blocks.{first}.mlp.fc2.weight", 2)
     if mixtures:
-        experts = shapes[f"blocks.{mixtures[0]}.moe.experts.h4toh.weight"]
-        found |= {"num_experts": experts[0], "moe_blocks": _pattern(mixtures, found["depth"])}
-        found["router_bias"] = f"blocks.{mixtures[0]}.moe.gate.gate.bias" in shapes
-        down = experts[1:]
+        down = shape(f"blocks.{mixtures[0]}.moe.experts.h4toh.weight", 3)
+        found |= {"num_experts": down[0], "moe_blocks": _pattern(mixtures, depth)}
+        found["router_bias"] = f"blocks.{mixtures[0]}.moe.gate.gate.bias" in state
     if down is not None and width:
         found["mlp_ratio"] = down[-1] / width
-    if "patch_embed.proj.weight" in shapes:
-        _, channels, patch, _ = shapes["patch_embed.proj.weight"]
-        found |= {"in_chans": channels, "patch_size": patch, "class_token": "cls_token" in shapes}
-        places = shapes.get("pos_embed", (1, 0))[1] - int("cls_token" in shapes)
-        found["img_size"] = math.isqrt(max(places, 0)) * patch
-    if "head.pre_logits.weight" in shapes:
-        found["representation_size"] = shapes["head.pre_logits.weight"][0]
-    logits = shapes.get("head.weight", shapes.get("head.logits.weight"))
-    if logits is not None:
+    patches, positions = shape("patch_embed.proj.weight", 4), shape("pos_embed", 3)
+    if patches is not None:
+        found |= {"in_chans": patches[1], "patch_size": patches[2], "class_token": "cls_token" in state}
+        if positions is not None:
+            found["img_size"] = math.isqrt(max(positions[1] - found["class_token"], 0)) * patches[2]
+    if hidden := shape("head.pre_logits.weight", 2):
+        found["representation_size"] = hidden[0]
+    if logits := shape("head.weight", 2) or shape("head.logits.weight", 2):
         found["num_classes"] = logits[0]
     return found
 
