@@ -187,6 +187,37 @@ def _convert(options: argparse.Namespace) -> None:
     print("\n".join(convert(options.source, options.target, options.to, settings).lines()))
 
 
+def _push(options: argparse.Namespace) -> None:
+    from m2mkd_fast.interop.hub import push_to_hub, run_provenance
+
+    model = _whole_model(_finished(options.run), options.step)
+    provenance = run_provenance(options.run, options.step)
+    done = push_to_hub(
+        model, options.repo, private=options.private or None, dry_run=options.dry_run, provenance=provenance
+    )
+    print(f"written, not sent: {done}" if options.dry_run else f"hf-hub:{options.repo}@{done}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from m2mkd_fast.data import eval_batches
+    from m2mkd_fast.interop.export import export
+
+    bench = _finished(options.run)
+    images, _ = next(iter(eval_batches(bench.dataset.splits["test"], options.batch or 1)))
+    model = _whole_model(bench, options.step)
+    print(export(model, options.output, images, format=options.format, dynamic_batch=options.batch is None))
+
+
+def _whole_model(bench, step: str):
+    """The model of a finished step; of a teacher's, rather than the chain of its modules, the model they are cut from."""
+    result = bench.result(step)
+    if result is None or result["phase"] not in ("teacher", "FT"):
+        return bench.step_model(step)
+    model, chain = bench.teacher()
+    bench.load(chain, step)
+    return model
+
+
 def _info(options: argparse.Namespace) -> None:
     from m2mkd_fast.info import main as info
 
@@ -274,6 +305,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--to", choices=("ours", "published"), default="ours", help=text)
     text = "what weights do not show, for example num_heads=12 top_k=2; or divided_depths=[3,3,3,3]"
     sub.add_argument("--option", metavar="key=value", nargs="+", action="extend", default=[], help=text)
+    sub = command("push", _push, "Put a step's model on the Hugging Face Hub, with its model card.")
+    sub.add_argument("run", metavar="RUN", help="run folder")
+    sub.add_argument("--step", default="m2mkd/e2e", help="for example teacher, scratch/e2e (default m2mkd/e2e)")
+    sub.add_argument("--repo", required=True, metavar="OWNER/NAME", help="is made where it does not exist")
+    sub.add_argument("--private", action="store_true", help="a new repository is private")
+    sub.add_argument("--dry-run", metavar="FOLDER", help="write what would be uploaded there, and send nothing")
+    sub = command("export", _export, "Write a step's model as an ONNX or torch.export file, and check the file.")
+    sub.add_argument("run", metavar="RUN", help="run folder")
+    sub.add_argument("output", metavar="OUT", help="for example student.onnx or student.pt2")
+    sub.add_argument("--step", default="m2mkd/e2e", help="for example teacher, scratch/e2e (default m2mkd/e2e)")
+    sub.add_argument("--format", choices=("onnx", "pt2"), help="default: what the name of OUT ends in")
+    sub.add_argument("--batch", type=int, metavar="N", help="a file for exactly N images (default: any number)")
     command("info", _info, "Show what was built, what will run, and why not.")
     return parser
 

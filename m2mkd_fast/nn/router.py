@@ -168,12 +168,13 @@ class Router(nn.Module):
                 f"tokens), or [tokens, {width}]"
             )
         size = self._in_force("group_size")
-        if x.dim() == 2 or size is None or x.shape[0] <= size:
-            return 1
         # Only the slots and the losses see groups; where neither matters one group is the same, and any batch will do.
+        losses_matter = self.training and any(self.loss_weights.values())
+        if x.dim() == 2 or size is None or (self.drops_nothing and not losses_matter) or x.shape[0] <= size:
+            return 1
         factor, tokens = self._in_force("capacity_factor"), size * x.shape[1:-1].numel()
         slots_matter = factor is not None and not self._never_full(tokens)
-        if not slots_matter and not (self.training and any(self.loss_weights.values())):
+        if not slots_matter and not losses_matter:
             return 1
         if x.shape[0] % size == 0:
             return x.shape[0] // size
@@ -190,9 +191,18 @@ class Router(nn.Module):
         changed = None if self.training else getattr(self, f"eval_{option}")
         return getattr(self, option) if changed is None else changed
 
+    @property
+    def drops_nothing(self) -> bool:
+        """Whether experts have a slot for every token of any batch, as the router stands (training or evaluation)."""
+        factor = self._in_force("capacity_factor")
+        return self.kind != "experts_choose" and (
+            factor is None or self._in_force("top_k") * factor >= self.num_experts
+        )
+
     def _never_full(self, tokens: int) -> bool:
         """Whether an expert has a slot for every token of a group."""
-        return self.kind != "experts_choose" and self._slots(tokens) >= tokens
+        # First what holds for any number: asked for one, `torch.export` would tie the program to it.
+        return self.drops_nothing or (self.kind != "experts_choose" and self._slots(tokens) >= tokens)
 
     def _slots(self, tokens: int) -> int:
         factor = self._in_force("capacity_factor")

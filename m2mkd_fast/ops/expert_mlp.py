@@ -153,7 +153,7 @@ def expert_mlp_torch(
             return torch.where(used, out if bias is None else out + bias.index_select(0, assignment.expert), 0.0)
 
         return _by_rows(x, assignment, parameters, activation, dropout, seed, product)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return expert_mlp_reference(x, assignment, *parameters, activation=activation, dropout=dropout, seed=seed)
     return _by_slices(x, assignment, parameters, activation, dropout, seed)
 
@@ -186,22 +186,34 @@ def _by_slices(
     seed: Tensor | None,
 ) -> Tensor:
     up_weight, up_bias, down_weight, down_bias = parameters
-    experts, offsets = up_weight.shape[0], assignment.offsets.tolist()
+    experts, rows = up_weight.shape[0], assignment.token.shape[0]
+    offsets = [0, *assignment.offsets[1:].tolist()]
     used = offsets[-1]
-    dropped = used < assignment.place.numel()  # else every place is a row
     sizes = [stop - start for start, stop in itertools.pairwise(offsets)]
+    dropped = True
+    if torch.compiler.is_exporting():
+        # What is exported knows no numbers but that they are sizes. It keeps the tail of dropped choices, as zeros, so
+        # that all shapes but those of the slices follow from the input's.
+        sizes.append(rows - used)
+        for size in sizes:
+            torch._check(size >= 0)
+        used = rows
+    else:
+        # The tail is cut off: `place` never points there.
+        dropped = used < assignment.place.numel()  # else every place is a row
     keep_hidden, keep_out = (
         [None] * experts if mask is None else mask[:used].split(sizes)
         for mask in _masks(assignment, down_weight, dropout, seed)
     )
-    # The tail of dropped choices is cut off: `place` never points there.
     token, weight = assignment.token[:used], assignment.weight[:used]
+    slices = _Gather.apply(x, token, assignment.place, dropped).split(sizes)
     outputs = []
-    for expert, rows in enumerate(_Gather.apply(x, token, assignment.place, dropped).split(sizes)):
+    for expert in range(experts):
         biases = [None if bias is None else bias[expert] for bias in (up_bias, down_bias)]
-        hidden = _activate(F.linear(rows, up_weight[expert], biases[0]), activation)
+        hidden = _activate(F.linear(slices[expert], up_weight[expert], biases[0]), activation)
         out = F.linear(_drop(hidden, keep_hidden[expert], dropout[0]), down_weight[expert], biases[1])
         outputs.append(_drop(out, keep_out[expert], dropout[1]))
+    outputs += [outputs[0].new_zeros(tail.shape[0], down_weight.shape[1]) for tail in slices[experts:]]
     weighted = torch.cat(outputs) * weight.unsqueeze(1)
     return _Combine.apply(weighted, token, assignment.place, dropped).to(x.dtype)
 
