@@ -1,4 +1,4 @@
-"""A trained model as a file that runs without its Python code: a torch.export program, or ONNX; checked by running it."""
+"""A trained model as a file that runs without its code: a torch.export program, or ONNX; checked by running it."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def export(
                 report = ExportReport(path, format, errors, dynamic_batch, operators)
                 if not report.max_error <= LIMITS[format]:
                     raise M2MKDError(
-                        f"the exported {type(model).__name__} computes something else than the model: {report}; at most "
-                        f"{LIMITS[format]:g} is rounding. Nothing was written. Is its evaluation deterministic?"
+                        f"the exported {type(model).__name__} computes something else than the model: {report}; at "
+                        f"most {LIMITS[format]:g} is rounding. Nothing was written. Is its evaluation deterministic?"
                     )
                 for made in sorted(Path(folder).iterdir(), key=lambda made: made.name == path.name):
                     os.replace(made, path.parent / made.name)
@@ -208,8 +208,8 @@ def _write_onnx(model: nn.Module, path: Path, images: Tensor, dynamic_batch: boo
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             raise M2MKDError(
-                f"this {type(model).__name__} has no ONNX form: {cause}; replace that operation in the model, or export "
-                "it as pt2"
+                f"this {type(model).__name__} has no ONNX form: {cause}; replace that operation in the model, or "
+                "export it as pt2"
             ) from error
         converted.save(path)
     return ()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,8 +68,6 @@ def check(model: nn.Module, path: Path, **options: object) -> None:
 def test_program_with_our_operators(tmp_path: Path) -> None:
     model = mixture()
     check(model, tmp_path / "student.pt2")
-    report = export(model, tmp_path / "student.pt2", IMAGES)
-    assert report.max_error == 0.0 and "2.0" not in str(report)
     program = load_exported(tmp_path / "student.pt2")
     images = torch.randn(7, 1, 16, 16)
     with torch.no_grad():
@@ -76,6 +75,7 @@ def test_program_with_our_operators(tmp_path: Path) -> None:
     assert program(images).grad_fn is None  # the raw operators have no gradient to lose
 
 
+@pytest.mark.slow
 def test_program_with_torchs_operators_alone(tmp_path: Path) -> None:
     with use_backend("reference", expert_mlp="torch"):
         report = export(mixture(), tmp_path / "student.pt2", IMAGES)
@@ -86,15 +86,12 @@ def test_program_with_torchs_operators_alone(tmp_path: Path) -> None:
 
 
 def test_program_holds_no_pickle(tmp_path: Path) -> None:
-    import pickletools
-    import zipfile
-
     export(create_model("vit_micro", **SMALL), tmp_path / "vit.pt2", IMAGES)
     with zipfile.ZipFile(tmp_path / "vit.pt2") as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".pkl")]
         for name in archive.namelist():
             data = archive.read(name)
-            with pytest.raises(ValueError, match=""):  # zipped or not, nothing in it is a whole pickle
-                list(pickletools.genops(data[:64] if "weights" in name else data))
+            assert not data if name.endswith(".pt") else not data.startswith((b"PK", b"\x80\x02"))
 
 
 @pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow])])
@@ -105,9 +102,8 @@ def test_limited_slots_are_tied_to_a_batch(tmp_path: Path, format: str) -> None:
     check(model, tmp_path / f"student.{format}", dynamic_batch=False)
 
 
+@pytest.mark.slow
 def test_limits_can_be_lifted_for_a_file_of_any_batch(tmp_path: Path) -> None:
-    with inference_routing(limited(), capacity_factor=math.inf, group_size=2):
-        pass
     model = limited()
     with inference_routing(model, capacity_factor=math.inf):
         assert export(model, tmp_path / "student.pt2", IMAGES).dynamic_batch
@@ -148,16 +144,17 @@ def test_program_of_a_circuit_runs_in_a_new_process(tmp_path: Path) -> None:
     assert report.operators or report.max_error == 0.0
     torch.save({"images": IMAGES, "logits": model.eval()(IMAGES).detach()}, tmp_path / "expected.pt")
     code = (
-        "import sys, torch, m2mkd_fast; folder = sys.argv[1]; e = torch.load(folder + '/expected.pt', weights_only=True)"
-        "; print(torch.equal(m2mkd_fast.load_exported(folder + '/student.pt2')(e['images']), e['logits']))"
+        "import sys, torch, m2mkd_fast; folder = sys.argv[1]; "
+        "e = torch.load(folder + '/expected.pt', weights_only=True); "
+        "print(torch.equal(m2mkd_fast.load_exported(folder + '/student.pt2')(e['images']), e['logits']))"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
 
 
-@pytest.mark.parametrize("name", ["chain", "vit_micro"])
+@pytest.mark.parametrize("name", [pytest.param("chain", marks=pytest.mark.slow), "vit_micro"])
 def test_students_compile_to_one_graph(name: str) -> None:
-    """Of whole V-MoE, circuits and stages: tests/models/test_vmoe.py, test_nac_circuit.py, test_transformer_stage.py."""
+    # Whole V-MoE, circuits and stages: tests/models/test_vmoe.py, test_nac_circuit.py, test_transformer_stage.py.
     model = (chain("vmoe_micro.m2mkd") if name == "chain" else create_model(name, **SMALL)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -186,12 +183,12 @@ class Unusual(nn.Module):
 
 def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
-    with pytest.raises(M2MKDError, match=r"cannot follow this Branches: .*data-dependent"):
+    with pytest.raises(M2MKDError, match=r"(?s)cannot follow this Branches: .*data-dependent"):
         export(Branches(), path, IMAGES)
-    with pytest.raises(M2MKDError, match=r"cannot follow this TiedToTwo: .*dynamic_batch=False"):
+    with pytest.raises(M2MKDError, match=r"(?s)cannot follow this TiedToTwo: .*dynamic_batch=False"):
         export(TiedToTwo(), path, IMAGES)
     assert export(TiedToTwo(), tmp_path / "two.pt2", IMAGES, dynamic_batch=False).max_error == 0.0
-    with pytest.raises(M2MKDError, match=r"computes something else .*Nothing was written"):
+    with pytest.raises(M2MKDError, match=r"(?s)computes something else .*Nothing was written"):
         export(Forgetful(), path, IMAGES)
     with pytest.raises(UnknownNameError, match="format=..., or a path that ends in .onnx or .pt2"):
         export(TiedToTwo(), tmp_path / "model.onx", IMAGES)

@@ -9,7 +9,10 @@ import pytest
 import timm
 import torch
 from hub_server import Hub, running_hub
+from omegaconf import OmegaConf
+from tiny_run import tiny
 
+from m2mkd_fast.cli import main
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.interop.hub import push_to_hub, run_provenance
 from m2mkd_fast.models.blueprint import blueprint_of
@@ -178,3 +181,26 @@ def test_provenance_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(M2MKDError, match="damaged"):
         run_provenance(tmp_path, "m2mkd/e2e")
+
+
+def test_commands_push_and_export_what_a_run_made(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = tmp_path / "tiny.yaml"
+    OmegaConf.save(OmegaConf.create(tiny(arms=["m2mkd"], student__stitches="kept")), config)
+    run = tmp_path / "run"
+    assert main(["run", str(config), f"output={run}"]) == 0
+    capsys.readouterr()
+    for step, folder in (("m2mkd/e2e", "student"), ("teacher", "teacher")):
+        assert main(["push", str(run), "--step", step, "--repo", "me/x", "--dry-run", str(tmp_path / folder)]) == 0
+        assert "written, not sent" in capsys.readouterr().out
+        result = json.loads((run / "steps" / step / "result.json").read_text())
+        facts = json.loads((tmp_path / folder / "config.json").read_text())["provenance"]
+        assert facts["results"]["test_accuracy"] == result["metrics"]["test_accuracy"]
+        assert facts["config"]["name"] == "tiny" and facts["data"] == "digits"
+    assert blueprint_of(create_model(f"local-dir:{tmp_path / 'student'}")).name == "chain.kept"
+    assert blueprint_of(create_model(f"local-dir:{tmp_path / 'teacher'}")).name == "vit_micro"
+    assert main(["push", str(run), "--repo", "me/tiny", "--private"]) == 0
+    assert "hf-hub:me/tiny@" in capsys.readouterr().out and hub.private["me/tiny"]
+    assert main(["export", str(run), str(tmp_path / "teacher.pt2"), "--step", "teacher", "--batch", "3"]) == 0
+    assert "batches of exactly 3" in capsys.readouterr().out and (tmp_path / "teacher.pt2").is_file()
+    assert main(["push", str(run), "--step", "meta", "--repo", "me/x"]) == 2
+    assert "does not know what it was built from" in capsys.readouterr().err
