@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.modules.chain import ModuleChain
 from m2mkd_fast.modules.stitches import Side, stitch_of, without_stitches
 from m2mkd_fast.nn.cut import rearrange
@@ -41,6 +42,7 @@ def fit_stitches(
     batches: Iterable[Tensor],
     *,
     slots: Iterable[int] | None = None,
+    sides: Sequence[Side] = ("post",),
     prefix: ModuleChain | None = None,
     ridge: float = 1e-3,
 ) -> list[StitchFit]:
@@ -49,11 +51,15 @@ def fit_stitches(
     With :math:`h_i` the teacher's features at cut i and :math:`g_i` those of the student without any stitch (modules
     0 ... i in a row, each at its own width), on the same images:
 
-    * the stitch before module i maps :math:`h_{i-1}` to :math:`g_{i-1}`, so that the module reads what it would read in
-      the student;
-    * the stitch after module i maps what the module makes of that to :math:`h_i`.
+    * "pre": the stitch before module i maps :math:`h_{i-1}` to :math:`g_{i-1}`, so that the module reads what it would
+      read in the student;
+    * "post": the stitch after module i maps what the module makes of its input to :math:`h_i`.
 
-    Both minimise :math:`\sum\lVert W\phi + b - t\rVert^2 + \lambda n\lVert W\rVert^2` over the n positions of all
+    A student that was never trained has features that say little of an image, and a stitch fitted to them throws away
+    most of what the teacher's say; the default stitch is a random projection that keeps it. So "post" alone is the
+    default, and "pre" is for students that were trained before.
+
+    Each minimises :math:`\sum\lVert W\phi + b - t\rVert^2 + \lambda n\lVert W\rVert^2` over the n positions of all
     images, in float64, with the features' covariance and with :math:`\lambda` = `ridge` times its mean diagonal.
     :math:`\phi` are the normalised features of a `Stitch`, whose norm becomes the plain one (weight 1, bias 0), and the
     features as they are of a circuit's `LinearStitch`. The result is a function of weights and images alone. Sums are
@@ -65,6 +71,7 @@ def fit_stitches(
         teacher: the chain they are to be taught by.
         batches: images `[B, C, H, W]`, each batch of any size, on the modules' device.
         slots: whose stitches to fit; by default all.
+        sides: which of their stitches; that before a module is fitted first.
         prefix: the chain whose earlier modules make a module's input, if that is not the teacher: the meta model, where
             pairs are trained on its features.
         ridge: weight of the penalty relative to the features' mean variance.
@@ -73,23 +80,25 @@ def fit_stitches(
         one :class:`StitchFit` for each stitch, in the chain's order.
 
     Raises:
-        M2MKDError: no images, another number of modules, unknown slots, a stitch of an unknown kind, numbers of
-            positions that differ between both sides of a stitch, features that are not finite.
+        M2MKDError: no images, another number of modules, unknown slots or sides, a stitch of an unknown kind, different
+            numbers of positions at both sides of a stitch, features that are not finite.
     """
+    for side in sides:
+        if side not in get_args(Side):
+            raise UnknownNameError("side", side, get_args(Side))
     batches = list(batches)
     _check(modules, teacher, prefix, batches, ridge)
     prefix = teacher if prefix is None else prefix
     wanted = range(len(modules)) if slots is None else [teacher.check_index(slot) for slot in slots]
-    parts = [*modules, teacher, prefix]
-    training = [[(part, part.training) for part in module.modules()] for module in parts]
-    for module in parts:
-        module.eval()
+    involved = nn.ModuleList([*modules, teacher, prefix])
+    modes = [(part, part.training) for part in involved.modules()]
+    involved.eval()
     fits = []
     try:
         for slot in sorted(set(wanted)):
-            fits += _fit_slot(modules, slot, teacher, prefix, batches, ridge)
+            fits += _fit_slot(modules, slot, sides, teacher, prefix, batches, ridge)
     finally:
-        for part, mode in (pair for pairs in training for pair in pairs):
+        for part, mode in modes:
             part.training = mode
     return fits
 
@@ -97,6 +106,7 @@ def fit_stitches(
 def _fit_slot(
     modules: Sequence[nn.Module],
     slot: int,
+    sides: Sequence[Side],
     teacher: ModuleChain,
     prefix: ModuleChain,
     batches: list[Tensor],
@@ -120,9 +130,9 @@ def _fit_slot(
     def taught(images: Tensor) -> Tensor:
         return teacher.run(prefix.run(images, 0, slot), slot, slot + 1)
 
-    if before is not None:
+    if before is not None and "pre" in sides:
         fits.append(_fit(before, slot, "pre", lambda images: prefix.run(images, 0, slot), own, batches, ridge))
-    if after is not None:
+    if after is not None and "post" in sides:
         fits.append(_fit(after, slot, "post", made, taught, batches, ridge))
     return fits
 

@@ -73,7 +73,7 @@ class StudentConfig:
     options: dict[str, Any] = field(default_factory=dict)
     parts: Any = 4
     stitches: str = "kept"  # of the assembled model: "kept"; "folded", one at each cut; "dropped", as published
-    stitch_init: str = "default"  # "least_squares": fitted to teacher and student features before a pair is distilled
+    stitch_init: str = "default"  # "least_squares": those after modules are fitted to the teacher's features first
     stitch_batches: int = 8  # training batches that least squares takes
     tokens: Any = "teacher"  # NAC only: latents of a student module; "teacher" for as many as the teacher has tokens
 

@@ -177,7 +177,7 @@ def _pair(work: _Work) -> dict[str, Any]:
 def _fit_stitches(
     bench: Workbench, students: list[nn.Module], slot: int, teacher: ModuleChain, prefix: ModuleChain
 ) -> dict[str, float]:
-    """Fit a module's stitches to training batches; the share of variance that each explains, by its side."""
+    """Fit a module's stitch to training batches; the share of variance that it explains, by its side."""
     config, device = bench.config, bench.execution.accelerator.device
     batches = train_batches(
         bench.train_split,

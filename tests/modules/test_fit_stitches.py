@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.models.registry import create_model
+from m2mkd_fast.modules.assemble import assemble
 from m2mkd_fast.modules.chain import ModuleChain
 from m2mkd_fast.modules.fit_stitches import StitchFit, fit_stitches
 from m2mkd_fast.modules.meta import meta_model
@@ -18,6 +20,7 @@ from m2mkd_fast.modules.stitches import stitch_of
 from m2mkd_fast.modules.student import student_modules
 
 SLOTS = 4
+BOTH = ("pre", "post")
 
 
 def teacher_chain(seed: int = 0) -> ModuleChain:
@@ -47,7 +50,7 @@ def test_each_stitch_explains_what_it_says(kind: str) -> None:
     teacher = teacher_chain()
     modules = students(kind, teacher)
     fresh = copy.deepcopy(modules)
-    fits = fit_stitches(modules, teacher, batches())
+    fits = fit_stitches(modules, teacher, batches(), sides=BOTH)
     sides = [(slot, side) for slot in range(SLOTS) for side in ("pre", "post")]
     assert [(fit.slot, fit.side) for fit in fits] == sides[1:-1]
     assert {fit.positions for fit in fits} == {3 * 24 * 17}
@@ -83,7 +86,7 @@ def test_it_is_the_ridge_regression() -> None:
     images = [batch.double() for batch in batches()]
     with torch.no_grad():
         modules[1].pre_stitch.ln.weight.fill_(3.0)
-    fits = fit_stitches(modules, teacher, images, slots=[1], ridge=0.01)
+    fits = fit_stitches(modules, teacher, images, slots=[1], sides=BOTH, ridge=0.01)
     assert [fit.side for fit in fits] == ["pre", "post"]
     x = torch.cat(images)
     with torch.no_grad():
@@ -108,7 +111,7 @@ def test_sides_with_other_grids_and_tokens_are_paired_where_they_meet(patch_size
     options = {"patch_size": patch_size, "class_token": class_token, "global_pool": "token" if class_token else "avg"}
     student = create_model("vit_micro", embed_dim=16, num_heads=2, depth=SLOTS, **options)
     modules = student_modules(student, SLOTS, teacher.cuts)
-    fits = fit_stitches(modules, teacher, batches(2))
+    fits = fit_stitches(modules, teacher, batches(2), sides=BOTH)
     tokens = (16 // patch_size) ** 2 + class_token
     assert {(fit.side, fit.positions) for fit in fits} == {("pre", 48 * tokens), ("post", 48 * 17)}
     x = torch.cat(batches(2))
@@ -117,12 +120,47 @@ def test_sides_with_other_grids_and_tokens_are_paired_where_they_meet(patch_size
     assert fits[0].explained == pytest.approx(explained, abs=1e-4)
 
 
+def test_hierarchical_models_are_fitted_and_folded_map_by_map() -> None:
+    def convolutional(*dims: int) -> nn.Module:
+        return timm.create_model("convnext_atto", num_classes=10, in_chans=1, depths=(1, 1, 1, 1), dims=dims)
+
+    torch.manual_seed(0)
+    teacher = split(convolutional(16, 24, 32, 40), 3, image_shape=(1, 32, 32))
+    modules = student_modules(convolutional(8, 12, 16, 20), 3, teacher.cuts, image_shape=(1, 32, 32))
+    x = functional.interpolate(batches(1)[0], scale_factor=2)
+    fits = fit_stitches(modules, teacher, [x], sides=BOTH)
+    positions = [len(x) * cut.tokens for cut in teacher.cuts]
+    assert [(fit.slot, fit.side, fit.positions) for fit in fits] == [
+        (0, "post", positions[0]),
+        (1, "pre", positions[0]),
+        (1, "post", positions[1]),
+        (2, "pre", positions[1]),
+    ]
+    assert all(0 < fit.explained <= 1 for fit in fits)
+    modules = [module.double().eval() for module in modules]
+    kept, folded = (assemble(modules, stitches=stitches).model for stitches in ("kept", "folded"))
+    torch.testing.assert_close(folded(x.double()), kept(x.double()), rtol=1e-12, atol=1e-12)
+    assert folded.widths == (12, 16)
+
+
+def test_what_is_not_asked_for_stays_random() -> None:
+    teacher = teacher_chain()
+    modules, fresh = students("circuit", teacher), students("circuit", teacher)
+    for module, untouched in zip(modules, fresh, strict=True):
+        module.load_state_dict(untouched.state_dict())
+    fits = fit_stitches(modules, teacher, batches(1))
+    assert [(fit.slot, fit.side) for fit in fits] == [(0, "post"), (1, "post"), (2, "post")]
+    for module, untouched in zip(modules, fresh, strict=True):
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, untouched.state_dict()[name]) == (not name.startswith("post_stitch.")), name
+
+
 def test_batches_are_summed_as_one_and_a_larger_ridge_explains_less() -> None:
     teacher = teacher_chain()
 
     def fitted(images: list[Tensor], ridge: float = 1e-3) -> tuple[list[nn.Module], list[StitchFit]]:
         modules = students("vmoe_micro.m2mkd", teacher)
-        return modules, fit_stitches(modules, teacher, images, ridge=ridge)
+        return modules, fit_stitches(modules, teacher, images, sides=BOTH, ridge=ridge)
 
     images = batches()
     apart, several = fitted(images)
@@ -143,8 +181,8 @@ def test_the_meta_models_features_may_be_the_prefix() -> None:
     teacher = teacher_chain()
     meta = meta_model(teacher)
     modules, others = students("vit_micro", teacher), students("vit_micro", teacher)
-    fit_stitches(modules, teacher, batches(), slots=[2], prefix=meta)
-    (pre, post) = fit_stitches(others, teacher, batches(), slots=[2])
+    fit_stitches(modules, teacher, batches(), slots=[2], sides=BOTH, prefix=meta)
+    (pre, post) = fit_stitches(others, teacher, batches(), slots=[2], sides=BOTH)
     assert (pre.slot, post.slot) == (2, 2)
     assert not torch.equal(modules[2].pre_stitch.fc.weight, others[2].pre_stitch.fc.weight)
     assert torch.equal(modules[1].pre_stitch.fc.weight, others[1].pre_stitch.fc.weight)
@@ -174,7 +212,7 @@ def test_features_that_never_change_leave_the_mean() -> None:
     with torch.no_grad():
         for parameter in teacher[0].parameters():
             parameter.zero_()
-    pre, _ = fit_stitches(modules, teacher, batches(), slots=[1])
+    pre, _ = fit_stitches(modules, teacher, batches(), slots=[1], sides=BOTH)
     assert torch.equal(modules[1].pre_stitch.fc.weight, torch.zeros(16, 24))
     assert pre.explained == pytest.approx(0.0, abs=1e-9)
 
@@ -188,6 +226,8 @@ def test_what_cannot_be_fitted_is_named() -> None:
         fit_stitches(modules[:3], teacher, batches(1))
     with pytest.raises(M2MKDError, match="module index 4 is not in 0..3"):
         fit_stitches(modules, teacher, batches(1), slots=[4])
+    with pytest.raises(UnknownNameError, match="unknown side 'poste'; did you mean 'post'"):
+        fit_stitches(modules, teacher, batches(1), sides=["poste"])
     for ridge in (0.0, -1.0, float("nan")):
         with pytest.raises(M2MKDError, match="ridge is .*must be positive"):
             fit_stitches(modules, teacher, batches(1), ridge=ridge)
@@ -197,7 +237,7 @@ def test_what_cannot_be_fitted_is_named() -> None:
         fit_stitches(published, teacher, batches(1))
     modules[1].pre_stitch = nn.Sequential(modules[1].pre_stitch)
     with pytest.raises(M2MKDError, match="the pre-stitch of module 1 is a Sequential"):
-        fit_stitches(modules, teacher, batches(1))
+        fit_stitches(modules, teacher, batches(1), sides=["pre"])
     modules = students("vit_micro", teacher)
     with torch.no_grad():
         teacher[0].blocks[0].norm1.bias.fill_(float("nan"))
