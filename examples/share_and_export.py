@@ -1,8 +1,9 @@
-"""Save a model with its model card, read it back, and prepare its upload."""
+"""Save a model with its model card, read it back, prepare its upload, and export it."""
 
 import torch
 
 import m2mkd_fast as m2mkd
+from m2mkd_fast.interop.export import export
 from m2mkd_fast.interop.hub import push_to_hub
 
 images = m2mkd.create_dataset("digits").splits
@@ -18,3 +19,5 @@ assert torch.equal(again(sample), model.eval()(sample))
 
 # Without dry_run it is uploaded; `hf auth login` once, before.
 push_to_hub(model, "owner/digits-vmoe", provenance=provenance, dry_run="what_would_be_sent")
+
+print(export(model, "digits_vmoe.pt2", sample))

@@ -70,6 +70,7 @@ def commands_of(script: str) -> list[list[str]]:
 
 
 WITH_CODE = [page for page in PAGES if code_of(page)]
+EXPORTING = [page for page in WITH_CODE if ".onnx" in code_of(page)]  # slowly
 WITH_COMMANDS = [page for page in PAGES if commands(page)]
 
 
@@ -89,9 +90,16 @@ def shortened(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=title)
+@pytest.mark.parametrize("page", [page for page in WITH_CODE if page not in EXPORTING], ids=title)
 def test_code_runs(page, shortened):
     """As it stands, but that no training is longer than two steps."""
+    exec(compile(code_of(page), str(page), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(None in map(find_spec, ("onnxruntime", "onnxscript")), reason="the packages for ONNX are missing")
+@pytest.mark.parametrize("page", EXPORTING, ids=title)
+def test_code_that_exports_runs(page, shortened):
     exec(compile(code_of(page), str(page), "exec"), {"__name__": "__main__"})
 
 
