@@ -51,6 +51,7 @@ class GraphStage(Stage, nn.Module):
             raise M2MKDError(
                 f"a stage needs 0 <= start < stop <= {len(spine.units)} (the model's units), not {start} and {stop}"
             )
+        self.training = model.training
         self.slot: int | None = None
         self.start, self.stop = start, stop
         self.unit_names = spine.units[start:stop]
@@ -72,7 +73,6 @@ class GraphStage(Stage, nn.Module):
         self._hold(model, {str(n.target) for g in graphs.values() for n in g.nodes if n.op in _HOLDERS}, constants)
         self._undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
         self.use_graphs(graphs)
-        self.train(model.training)
 
     def forward(self, x: Tensor) -> Any:
         if self.pre_stitch is not None:
@@ -114,7 +114,7 @@ class GraphStage(Stage, nn.Module):
             for part in parents:
                 part = part.rpartition(".")[2]
                 if part not in holder._modules:
-                    holder.add_module(part, nn.Module())
+                    holder.add_module(part, nn.Module().train(self.training))
                 holder = holder._modules[part]
             owner, last = modules[parents[-1] if parents else ""], name.rpartition(".")[2]
             if name in modules:

@@ -157,8 +157,8 @@ def cuttable_of(model: nn.Module, image_shape: tuple[int, int, int] | None = Non
     from m2mkd_fast.models.transformer_stage import check_supported
 
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    compiled = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
-    if isinstance(model, (ModuleChain, Stage, *parallel, *compiled)):
+    # The attribute is that of a compiled module, whose class would load the compiler.
+    if isinstance(model, (ModuleChain, Stage, torch.jit.ScriptModule, *parallel)) or hasattr(model, "_orig_mod"):
         raise M2MKDError(
             f"cannot cut a {type(model).__name__} into modules; pass the bare model, not a compiled, parallel or stage "
             "wrapper"

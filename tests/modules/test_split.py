@@ -240,8 +240,8 @@ def test_other_models_are_split_bit_for_bit(kind: str) -> None:
     assert torch.equal(chain(x), expected)
 
 
-@settings(max_examples=25, deadline=None)
-@given(data=st.data(), kind=st.sampled_from(["resnet", "swin", "eva", "cait", "densenet"]))
+@settings(max_examples=10, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(["resnet", "swin", "cait"]))
 def test_fuzz_any_cut_of_any_model_is_the_model(data: st.DataObject, kind: str) -> None:
     model, spine = small_spine(kind)
     units = len(spine.units)
