@@ -30,9 +30,10 @@ def fresh_graph_stage(stage: GraphStage, depth: int, start: int) -> GraphStage:
     """
     fresh = copy.deepcopy(stage)
     alone = {unit[0] for unit in stage.unit_names if len(unit) == 1}
-    runs = _removable_runs(fresh.graphs, alone)
-    kept = {run[j * len(run) // stay] for run in runs for stay in [min(depth, len(run))] for j in range(stay)}
-    removed = {name for run in runs for name in run} - kept
+    removed: set[str] = set()
+    for run in _removable_runs(fresh.graphs, alone):
+        stay = min(depth, len(run))
+        removed |= set(run) - {run[j * len(run) // stay] for j in range(stay)}
     for graph in fresh.graphs.values():
         _bypass(graph, removed)
         _bypass_dropout(graph)
