@@ -90,12 +90,12 @@ def _split(options: argparse.Namespace) -> None:
     with torch.no_grad():
         verify_split(model.eval(), chain.eval(), images)
     table = Table(title=f"{config.teacher.model} in {len(chain)} modules; composed, they equal it bit for bit")
-    for heading in ("slot", "blocks", "parameters", "width after it"):
+    for heading in ("slot", "units", "parameters", "after it"):
         table.add_column(heading, justify="right")
     for i, module in enumerate(chain):
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        width = str(chain.widths[i]) if i < len(chain.widths) else "logits"
-        table.add_row(str(i), str(len(module.blocks)), f"{parameters:,}", width)
+        after = "logits" if module.out_cut is None else str(module.out_cut)
+        table.add_row(str(i), str(module.depth), f"{parameters:,}", after)
     Console().print(table)
 
 
