@@ -71,7 +71,9 @@ def convert(
     if target.is_file() or (target / CONFIG).exists():
         raise M2MKDError(f"{target} is there already; remove it, or name another target")
     if (source / CONFIG).is_file():
-        published = _of_model(from_pretrained(source), options or {}, source)
+        overrides = dict(options or {})
+        facts = {"divided_depths": overrides.pop("divided_depths")} if "divided_depths" in overrides else {}
+        published = _of_model(from_pretrained(source, **overrides), facts, source)
     else:
         published = read_published(source, options)
     if to == "published":
@@ -89,7 +91,7 @@ def convert(
     return Conversion(published, source, target)
 
 
-def _of_model(model: nn.Module, options: Mapping[str, Any], source: Path) -> Published:
+def _of_model(model: nn.Module, facts: Mapping[str, Any], source: Path) -> Published:
     """A model of ours that knows its name, as if it had been read from a published checkpoint."""
     kinds = {NeuralAttentiveCircuit: "circuit", VMoE: "vmoe", VisionTransformer: "vit"}
     kind = next((kind for cls, kind in kinds.items() if isinstance(model, cls)), None)
@@ -100,5 +102,4 @@ def _of_model(model: nn.Module, options: Mapping[str, Any], source: Path) -> Pub
             "and Vision Transformers, and for single modules of theirs in files of save_module"
         )
     unpacked = unpack(model.state_dict(), source)
-    facts = unpacked.facts | {key: options[key] for key in ("divided_depths",) if key in options}
-    return Published(kind, blueprint.name, dict(blueprint.options), unpacked.state, facts=facts)
+    return Published(kind, blueprint.name, dict(blueprint.options), unpacked.state, facts=unpacked.facts | dict(facts))

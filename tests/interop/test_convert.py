@@ -9,6 +9,7 @@ import torch
 from m2mkd_fast.cli import main
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.interop.convert import convert
+from m2mkd_fast.models.pretrained import save_pretrained
 from m2mkd_fast.models.published import published_checkpoint
 from m2mkd_fast.models.registry import create_model
 from m2mkd_fast.models.state import read_state, weights_hash
@@ -41,6 +42,16 @@ def test_to_a_folder_and_back(released: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, original[name]) for name, tensor in theirs["model"].items())
     convert(tmp_path / "theirs.safetensors", tmp_path / "again")
     assert weights_hash(create_model(f"local-dir:{tmp_path / 'again'}")) == weights_hash(model)
+
+
+def test_options_of_a_folder_of_ours(tmp_path: Path) -> None:
+    save_pretrained(create_model("vit_micro", depth=3), tmp_path / "ours")
+    with pytest.raises(M2MKDError, match="divided_depths"):
+        convert(tmp_path / "ours", tmp_path / "theirs.safetensors", "published")
+    with pytest.raises(M2MKDError, match="widht"):
+        convert(tmp_path / "ours", tmp_path / "theirs.safetensors", "published", {"widht": 3})
+    convert(tmp_path / "ours", tmp_path / "theirs.safetensors", "published", {"divided_depths": [1, 2]})
+    assert len(published_checkpoint(tmp_path / "theirs.safetensors")["model_stages"]) == 2
 
 
 def test_to_a_file_and_back(released: Path, tmp_path: Path) -> None:

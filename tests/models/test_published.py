@@ -452,6 +452,26 @@ def test_contradicting_copies_are_an_error(tmp_path) -> None:
         unpack(state, "c.pth")
 
 
+def test_malformed_stages_and_facts_are_errors(tmp_path) -> None:
+    state = own(create_model("vit_micro", depth=2))
+    for stages in ("four", [1, 2], [{"blocks.0.norm1.bias": 3}]):
+        torch.save({"model": state, "model_stages": stages}, tmp_path / "c.pth")
+        with pytest.raises(M2MKDError, match="no list of dicts of tensors"):
+            read_published(tmp_path / "c.pth")
+    for name, value in (("divided_depths", 2), ("divided_depths", [2, 0]), ("slot", -1), ("model_name", 3)):
+        with pytest.raises(M2MKDError, match=f"{name} is .* expected"):
+            identify(state, {name: value})
+
+
+def test_foreign_names_beside_stages_are_told_as_foreign() -> None:
+    model = create_model("vmoe_micro.m2mkd", divided_depths=[1, 1])
+    with pytest.raises(M2MKDError, match="1 foreign names: extra.scale"):
+        identify(unpack({**model.state_dict(), "extra.scale": torch.ones(1)}, "c.pth").state)
+    names = {f"stages.{i}.{j}.conv.weight": torch.ones(1) for i in range(2) for j in range(3)}
+    with pytest.raises(M2MKDError, match=r"6 names are stages\.\{0\.\.1\}\.\{0\.\.2\}\.conv\.weight"):
+        identify(unpack(names, "convnext.pth").state)
+
+
 class Payload:
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -571,7 +591,8 @@ def valid_states() -> list[dict[str, Tensor]]:
     return [model.state_dict() for model in models]
 
 
-@settings(max_examples=25)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@settings(max_examples=20)
 @given(
     which=st.integers(0, 9),
     changes=st.lists(

@@ -15,6 +15,7 @@ from m2mkd_fast.models.published import identify, read_published, write_publishe
 from m2mkd_fast.models.published.flax import from_flax, is_flax, to_flax
 from m2mkd_fast.models.registry import create_model
 from m2mkd_fast.models.vmoe import VMoE
+from m2mkd_fast.modules.split import split, verify_split
 from m2mkd_fast.nn.router import inference_routing
 
 Arrays = dict[str, np.ndarray]
@@ -211,3 +212,15 @@ def test_published_sizes_have_published_names() -> None:
     published = identify(state, {"num_heads": heads})
     assert published.model == "vmoe_base.every2"
     assert published.options == {"representation_size": 768, "num_classes": 21841}
+
+
+def test_the_layer_before_the_classifier_is_split_and_reset_with_it() -> None:
+    torch.manual_seed(0)
+    model = create_model("vmoe_micro.last2", depth=4, representation_size=20).eval()
+    images = torch.randn(2, 1, 16, 16)
+    assert model.head.pre_logits.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    verify_split(model, split(model, 2), images)
+    hidden = torch.tanh(model.head.pre_logits(model.forward_head(model.forward_features(images), pre_logits=True)))
+    assert torch.equal(model(images), model.head.logits(hidden))
+    model.reset_classifier(3)
+    assert model(images).shape == (2, 3) and isinstance(model.head, torch.nn.Linear)

@@ -27,8 +27,17 @@ from m2mkd_fast.models.published.record import Published
 __all__ = ["Published", "identify", "published_checkpoint", "read_published", "write_published"]
 
 SUFFIXES = (".pth", ".pt", ".bin", ".npz", ".safetensors")
-# Options that say something about the file, and not about the model to build.
-FACTS = ("block_index", "divided_depths", "model_name", "slot")
+_INDEX = (lambda value: isinstance(value, int) and value >= 0, "a number from 0")
+# Options that say something about the file, and not about the model to build: what fits, in code and in words.
+FACTS = {
+    "block_index": _INDEX,
+    "slot": _INDEX,
+    "model_name": (lambda value: isinstance(value, str), "a name"),
+    "divided_depths": (
+        lambda value: isinstance(value, list) and all(isinstance(depth, int) and depth > 0 for depth in value),
+        "a list of numbers of blocks, such as [3,3,3,3],",
+    ),
+}
 
 
 def read_published(path: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Published:
@@ -59,6 +68,8 @@ def read_published(path: str | os.PathLike[str], options: Mapping[str, Any] | No
     weights = options.pop("weights", None)
     contents = read_file(path) if not Path(path).is_dir() else _read_folder(Path(path))
     if is_flax(contents.tree):
+        if weights is not None:
+            raise M2MKDError(f"weights={weights}: the parameters in {path} are told by their names; leave it out")
         state, heads, left_out = from_flax(contents.tree)
         options.setdefault("num_heads", heads)
         facts: dict[str, Any] = {}
@@ -115,6 +126,9 @@ def identify(
     """
     options = dict(options or {})
     facts = dict(facts or {}) | {name: options.pop(name) for name in FACTS if name in options}
+    for name, (fits, expected) in FACTS.items():
+        if name in facts and not fits(facts[name]):
+            raise M2MKDError(f"{name} is {facts[name]!r}; {expected} is expected, correct --option {name}=...")
     state = dict(state)
     if circuits.is_circuit(state):
         published = circuits.identify(state, options, facts)

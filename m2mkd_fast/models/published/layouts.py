@@ -55,8 +55,10 @@ def unpack(tree: Mapping[str, Any], source: str | os.PathLike[str], weights: str
                 f"{os.fspath(source)} has no weights under {' or '.join(map(repr, known))}; it has "
                 f"{', '.join(map(repr, tree)) or 'nothing'}. Say where they are with --option weights=NAME"
             )
-        state = dict(tree[key]) if key is not None else _joined(stages)
         stages = stages if key in ("model", None) else None
+        if stages is not None and not (isinstance(stages, list) and all(_is_state(stage) for stage in stages)):
+            raise M2MKDError(f"{os.fspath(source)}: model_stages is no list of dicts of tensors; save it again")
+        state = dict(tree[key]) if key is not None else _joined(stages)
         used = {key, "model_stages"}
     facts = {name: _plain(value) for name, value in tree.items() if name not in used and _is_plain(value)}
     left_out = [_described(name, tree[name]) for name in tree if name not in used and name not in facts]
@@ -115,8 +117,8 @@ def _without_stages(
             kept[name] = tensor
         else:
             stages.setdefault(int(match[1]), {})[match[2]] = tensor
-    if not stages:
-        return kept, None
+    if not any(_BLOCK.match(name) for stage in stages.values() for name in stage):  # another model's `stages`, or none
+        return dict(state), None
     listed = [stages.get(index, {}) for index in range(max(stages) + 1)]
     joined = _joined(listed)
     if not any(_BLOCK.match(name) for name in kept):
@@ -158,11 +160,7 @@ def _depths(stages: Sequence[Mapping[str, Tensor]]) -> list[int]:
 def _agree(
     state: Mapping[str, Tensor], listed: Mapping[str, Tensor], source: str | os.PathLike[str], place: str
 ) -> None:
-    different = [
-        name
-        for name in sorted(state.keys() | listed.keys())
-        if name not in state or name not in listed or not _equal(state[name], listed[name])
-    ]
+    different = [name for name in listed if name not in state or not _equal(state[name], listed[name])]
     if different:
         raise M2MKDError(
             f"{os.fspath(source)} contradicts itself: its {place} say otherwise than the rest about "
