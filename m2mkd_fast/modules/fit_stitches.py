@@ -158,7 +158,11 @@ def _fit(
                 "start from default stitches"
             )
         features, wanted = features.flatten(0, -2).double(), wanted.flatten(0, -2).double()
-        sums = _Moments(features, wanted) if sums is None else sums.merged(_Moments(features, wanted))
+        moments = _Moments(features, wanted)
+        if sums is None:
+            sums = moments
+        else:
+            sums.add(moments)
     weight, bias, explained = sums.solve(ridge, where)
     linear = stitch
     if isinstance(stitch, Stitch):
@@ -186,7 +190,7 @@ def _positions(stitch: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Moments:
-    """Means and sums of squares about them of features x `[n, D]` and targets y `[n, E]`, merged pair by pair.
+    """Means and sums of squares about them of features x `[n, D]` and targets y `[n, E]`, added up batch by batch.
 
     About the means, because sums of raw squares lose what little there is of it where the mean is large.
     """
@@ -197,8 +201,8 @@ class _Moments:
         x, y = x - self.mean_x, y - self.mean_y
         self.xx, self.xy, self.yy = x.T @ x, x.T @ y, y.square().sum()
 
-    def merged(self, other: _Moments) -> _Moments:
-        """This one, with the other's positions added (Chan, Golub and LeVeque 1983)."""
+    def add(self, other: _Moments) -> None:
+        """Take another batch's positions in (Chan, Golub and LeVeque 1983)."""
         count = self.count + other.count
         dx, dy = other.mean_x - self.mean_x, other.mean_y - self.mean_y
         weight = self.count * other.count / count
@@ -208,7 +212,6 @@ class _Moments:
         self.mean_x += dx * (other.count / count)
         self.mean_y += dy * (other.count / count)
         self.count = count
-        return self
 
     def solve(self, ridge: float, where: str) -> tuple[Tensor, Tensor, float]:
         """(weight `[E, D]`, bias `[E]`, share of the targets' variance that they explain)."""

@@ -25,8 +25,8 @@ def fold_stitches(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
     A folded stitch goes no further, into its neighbours' weights, because none of them is linear on that side. Before
     it a block adds a branch to what it was given (the stitch would have to pass through that residual path, and with
-    it through all blocks before); behind it a block, a mediator of a circuit too, does the same. A circuit's read-out
-    has no such path for its senders, but normalises them before its keys and values.
+    it through all blocks before) or ends in an activation; behind it a block, a mediator of a circuit too, adds to its
+    input. A circuit's read-out has no such path for its senders, but normalises them before its keys and values.
 
     Raises:
         M2MKDError: a module has a stitch at a cut where its neighbour has none, two stitches of other kinds or widths.
