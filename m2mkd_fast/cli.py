@@ -209,7 +209,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _whole_model(bench, step: str):
-    """The model of a finished step; of a teacher's step not the chain of its modules, but the model they are cut from."""
+    """What a finished step made; of a teacher not the chain of its modules, but the model that they are cut from."""
     result = bench.result(step)
     if result is None or result["phase"] not in ("teacher", "FT"):
         return bench.step_model(step)
