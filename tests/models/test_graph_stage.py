@@ -49,7 +49,10 @@ def test_train_mode_is_the_models_with_dropout_statistics_and_gradients(kind: st
         network(x).square().sum().backward()
     for (name, tensor), copied in zip(model.named_parameters(), other.parameters(), strict=True):
         assert (tensor.grad is None) == (copied.grad is None), name
-        assert tensor.grad is None or torch.equal(tensor.grad, copied.grad), name
+        if sum(name in stage.state_dict() for stage in stages) > 1:  # its gradients are summed in another order
+            torch.testing.assert_close(copied.grad, tensor.grad)
+        else:
+            assert tensor.grad is None or torch.equal(tensor.grad, copied.grad), name
     for (name, tensor), copied in zip(model.named_buffers(), other.buffers(), strict=True):
         assert torch.equal(tensor, copied), name
 
