@@ -12,8 +12,8 @@ from torch import nn
 
 from m2mkd_fast import M2MKDError, UnknownNameError
 from m2mkd_fast.cli import main
-from m2mkd_fast.interop import split_survey
-from m2mkd_fast.interop.small_models import PARAMETERS_AT_MOST, small_model, smallest
+from m2mkd_fast.interop import small_models, split_survey
+from m2mkd_fast.interop.small_models import small_model, smallest
 from m2mkd_fast.interop.split_survey import EXACT, Finding, check, families, share, survey, write_markdown
 
 TABLE = Path(__file__).parents[2] / "docs" / "split_table.md"
@@ -51,17 +51,19 @@ def test_small_models_hide_no_mistake(architecture):
     statistics = [b for name, b in small.model.named_buffers() if "running_" in name]
     assert constant == []
     assert all(statistic.std() > 0 for statistic in statistics)
-    images = torch.randn(2, *small.image_shape)
-    dropped = [small.model.train()(images) for _ in range(2)]
-    assert not torch.equal(*dropped) or not any(isinstance(m, nn.Dropout) for m in small.model.modules())
     again = small_model(architecture).model.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in small.model.state_dict().items())
+    images = torch.randn(2, *small.image_shape)
+    dropped = [small.model.train()(images) for _ in range(2)]
+    assert not torch.equal(*dropped)
 
 
-def test_large_models_are_shortened():
-    small = small_model("vit_large_patch16_224")
-    assert small.shortened == "depth=4"
-    assert sum(parameter.numel() for parameter in small.model.parameters()) <= PARAMETERS_AT_MOST
+@pytest.mark.parametrize(("limit", "shortened"), [(3_000_000, "depth=4"), (1_500_000, "depth=2"), (1, "depth=2")])
+def test_large_models_are_shortened(monkeypatch, limit, shortened):
+    monkeypatch.setattr(small_models, "PARAMETERS_AT_MOST", limit)
+    small = small_model("vit_tiny_patch16_224")
+    assert small.shortened == shortened
+    assert f"depth={len(small.model.blocks)}" == shortened
 
 
 def test_a_model_for_no_size_is_refused(monkeypatch):
@@ -114,16 +116,20 @@ def test_what_goes_wrong_is_a_finding(monkeypatch):
 
 
 def test_a_survey_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    def record(family, name):
+        checked.append(name)
+        return Finding(family, name, 64, "", 4, 3, ("tokens", "channels_last"), EXACT, "no")
+
+    checked = []
+    monkeypatch.setattr(split_survey, "check", record)
     output = tmp_path / "findings.jsonl"
     first = list(survey("test_v*", every_architecture=True, output=output))
-    assert [finding.architecture for finding, _ in first] == timm.list_models("test_v*")
-    lines = output.read_text().splitlines()
-    output.write_text("\n".join(lines[1:]) + "\n")
-    checked = []
-    monkeypatch.setattr(split_survey, "check", lambda family, name: checked.append(name) or Finding(family, name))
-    again = list(survey("test_v*", every_architecture=True, output=output))
+    assert checked == timm.list_models("test_v*")
+    assert [count for _, count in first] == [1] * len(checked)
+    output.write_text("".join(output.read_text().splitlines(keepends=True)[1:]))
+    checked.clear()
+    assert list(survey("test_v*", every_architecture=True, output=output)) == first
     assert checked == [first[0][0].architecture]
-    assert again[1:] == first[1:]
 
 
 def test_findings_of_another_timm_are_not_taken(tmp_path, monkeypatch):
