@@ -3,8 +3,6 @@
 import torch
 
 import m2mkd_fast as m2mkd
-from m2mkd_fast.interop.export import export
-from m2mkd_fast.interop.hub import push_to_hub
 
 images = m2mkd.create_dataset("digits").splits
 model = m2mkd.create_model("vmoe_micro.m2mkd", depth=4)
@@ -18,6 +16,6 @@ sample = torch.randn(4, 1, 16, 16)
 assert torch.equal(again(sample), model.eval()(sample))
 
 # Without dry_run it is uploaded; `hf auth login` once, before.
-push_to_hub(model, "owner/digits-vmoe", provenance=provenance, dry_run="what_would_be_sent")
+m2mkd.push_to_hub(model, "owner/digits-vmoe", provenance=provenance, dry_run="what_would_be_sent")
 
-print(export(model, "digits_vmoe.pt2", sample))
+print(m2mkd.export(model, "digits_vmoe.pt2", sample))
