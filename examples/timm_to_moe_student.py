@@ -1,4 +1,4 @@
-"""From a hierarchical timm model to a Vision Mixture-of-Experts: split, meta model, pairs, assembly; three minutes."""
+"""From a hierarchical timm model to a Vision Mixture-of-Experts: split, meta model, pairs, assembly; a few minutes."""
 
 import timm
 
