@@ -13,7 +13,6 @@ import operator
 import traceback
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -257,7 +256,8 @@ def _trace(model: nn.Module, leaf_parents: set[str], shape: tuple[int, ...], tra
 
 def _run(root: nn.Module, images: Tensor, leaf_parents: set[str], training: bool) -> Program:
     recorder = _Recorder(root.train(training), images)
-    with torch.enable_grad(), torch.device(images.device), _recorded_leaves(root, leaf_parents, recorder):
+    _record_leaves(root, leaf_parents, recorder)
+    with torch.enable_grad(), torch.device(images.device):
         try:
             with recorder:
                 result = root(images)
@@ -283,8 +283,7 @@ def _without_values(model: nn.Module) -> nn.Module:
     return _copied(model, tensors)
 
 
-@contextmanager
-def _recorded_leaves(root: nn.Module, leaf_parents: set[str], recorder: _Recorder) -> Iterator[None]:
+def _record_leaves(root: nn.Module, leaf_parents: set[str], recorder: _Recorder) -> None:
     # `root` is a copy made for this trace, so its modules may be changed; hooks run when the model's own modules are.
     for path, module in root.named_modules():
         if path == "" or path in leaf_parents:
@@ -296,7 +295,6 @@ def _recorded_leaves(root: nn.Module, leaf_parents: set[str], recorder: _Recorde
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         vars(module)["forward"] = forward
-    yield
 
 
 def _operation(func: Callable, name: str, args: tuple) -> tuple[str, Any, tuple]:
