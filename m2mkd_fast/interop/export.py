@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def load_exported(path: str | os.PathLike[str]) -> Callable[[Tensor], Tensor]:
     try:
         with _quiet():
             return torch.export.load(path).module()
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, zipfile.BadZipFile) as error:
         raise M2MKDError(
             f"{os.fspath(path)} is no program of torch.export ({error}); export the model again"
         ) from error
