@@ -70,6 +70,8 @@ def save_pretrained(
             "(a student's modules too, before m2mkd_fast.assemble), or give its name and options to save_pretrained; a "
             "layout of your own gets a name by m2mkd_fast.register_model"
         )
+    # A folder of this machine says nothing to others, and its name is nobody's business.
+    started_from = known.weights if known and (known.weights or "").startswith("hf-hub:") else None
     blueprint = Blueprint(name, options or {}) if name else Blueprint(known.name, {**known.options, **(options or {})})
     description = as_json(blueprint)
     _require_rebuildable(model, from_json(description, "the model"))
@@ -78,7 +80,7 @@ def save_pretrained(
         "library_name": "m2mkd_fast",
         "library_version": m2mkd_fast.__version__,
         "model": description,
-        "started_from": known.weights if known else None,
+        "started_from": started_from,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "provenance": dict(provenance or {}),
     }

@@ -76,6 +76,7 @@ def test_chain_with_kept_stitches(tmp_path: Path, student: str, parts: object) -
     with torch.no_grad():
         assert torch.equal(back(IMAGES), chain(IMAGES))
     again = create_model(f"local-dir:{save_pretrained(back, tmp_path / 'again')}")
+    assert json.loads(_config(tmp_path / "again"))["started_from"] is None  # a path of this machine
     assert weights_hash(again) == weights_hash(chain)
 
 
