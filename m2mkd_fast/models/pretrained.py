@@ -16,7 +16,7 @@ import m2mkd_fast
 from m2mkd_fast.atomic import write_text_atomically
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.models.blueprint import Blueprint, as_json, blueprint_of, differences, from_json, remember
-from m2mkd_fast.models.download import PICKLES, download, wanted_files
+from m2mkd_fast.models.download import PICKLES, download, weights_among
 from m2mkd_fast.models.model_card import model_card
 from m2mkd_fast.models.registry import SAVED, create_model
 from m2mkd_fast.models.state import load_strict, read_state, save_module
@@ -104,8 +104,9 @@ def from_pretrained(source: str | os.PathLike[str], **overrides: object) -> nn.M
 
     Args:
         source: a folder, a released file, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, `hf-hub:OWNER/NAME@REVISION` or
-            `OWNER/NAME`; a folder comes before a repository of the same name. Without a network the cached copy of a
-            repository is taken, with a warning that says its commit.
+            `OWNER/NAME`; a folder comes before a repository of the same name. Of a repository with several models a
+            file or a folder is named: `hf-hub:OWNER/NAME/FILE@REVISION`. A folder of teacher modules is the teacher.
+            Without a network the cached copy of a repository is taken, with a warning that says its commit.
         overrides: options that replace recorded ones, such as `drop_path_rate=0.1`. The weights must still fit; for
             another number of classes use the model's `reset_classifier`. (timm's models take `num_classes`, and then
             start with a fresh classifier, about which a warning is logged.)
@@ -116,15 +117,17 @@ def from_pretrained(source: str | os.PathLike[str], **overrides: object) -> nn.M
     Example:
         >>> model = from_pretrained("digits_vmoe")
         >>> teacher = from_pretrained("hf-hub:timm/resnet18.a1_in1k@main")
+        >>> student = from_pretrained("hf-hub:kamanphoebe/m2mKD/vmoe_base.pth")
     """
     source = os.fspath(source)
     if not source.startswith(SAVED):
         source = ("local-dir:" if Path(source).exists() or source.count("/") != 1 else "hf-hub:") + source
     kind, _, place = source.partition(":")
     if kind == "hf-hub":
-        repository, _, revision = place.partition("@")
-        folder, commit = download(repository, revision or None)
-        origin = f"hf-hub:{repository}@{commit}"
+        path, _, revision = place.partition("@")
+        repository, inside = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
+        folder, commit = download(repository, revision or None, inside)
+        folder, origin = folder / inside, f"hf-hub:{path}@{commit}"
         _log.info("%s: commit %s", source, commit)
     else:
         folder, origin = Path(place), source
@@ -142,8 +145,8 @@ def _read(folder: Path, origin: str, overrides: Mapping[str, Any]) -> tuple[nn.M
     if folder.is_file():
         return _read_published(folder, origin, overrides)
     if not path.is_file():
-        weights = wanted_files([file.name for file in folder.iterdir()], origin)
-        return _read_published(folder / weights[0], origin, overrides)
+        weights = weights_among([file.name for file in folder.iterdir()], origin)
+        return _read_published(folder / weights[0] if len(weights) == 1 else folder, origin, overrides)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

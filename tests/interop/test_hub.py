@@ -18,6 +18,7 @@ from m2mkd_fast.interop.hub import push_to_hub, run_provenance
 from m2mkd_fast.models.blueprint import blueprint_of
 from m2mkd_fast.models.pretrained import from_pretrained, save_pretrained
 from m2mkd_fast.models.registry import create_model
+from m2mkd_fast.modules import split
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install huggingface_hub")
 SMALL = {"depth": 2, "embed_dim": 16, "num_heads": 2, "num_experts": 2}
@@ -78,10 +79,41 @@ def test_unknown_repository_revision_and_name(hub: Hub, model: torch.nn.Module) 
         create_model("hf-hub:me/digit")
     with pytest.raises(M2MKDError, match="no such revision"):
         create_model("hf-hub:me/digits@v2")
+    with pytest.raises(M2MKDError, match="unknown file of the repository 'model.safetensor'.* 'model.safetensors'"):
+        create_model("hf-hub:me/digits/model.safetensor")
     with pytest.raises(M2MKDError, match="write hf-hub:owner/name"):
-        create_model("hf-hub:me/digits/more")
+        create_model("hf-hub:me/digits?")
     with pytest.raises(M2MKDError, match="write owner/name"):
         push_to_hub(model, "me/digits/more")
+
+
+def test_one_of_several_models_in_a_repository(hub: Hub, tmp_path: Path) -> None:
+    """The paper's own release is one repository with all its checkpoints, the teacher's in a folder of modules."""
+    models = [create_model("vmoe_micro.m2mkd", depth=2, embed_dim=16, num_heads=2) for _ in range(2)]
+    teacher = create_model("vit_micro", depth=2, embed_dim=32, num_heads=2)
+    files = {f"vmoe_{i}.pth": {"model": model.state_dict()} for i, model in enumerate(models)}
+    for i, stage in enumerate(split(teacher, 2)):
+        state = {
+            "model_name": "vit",
+            "block_index": i,
+            "block_state_dict": stage.state_dict(),
+            "divided_depths": [1, 1],
+        }
+        files[f"FT_tiny/{i}.pth"] = state
+    for name, value in files.items():
+        (tmp_path / "FT_tiny").mkdir(exist_ok=True)
+        torch.save(value, tmp_path / name)
+    commit = hub.add("them/m2mkd", {name: (tmp_path / name).read_bytes() for name in files})
+    with pytest.raises(M2MKDError, match="several files of weights .* for example hf-hub:OWNER/NAME/FT_tiny/0.pth"):
+        create_model("hf-hub:them/m2mkd")
+    for revision in ("", f"@{commit}"):
+        assert same(create_model(f"hf-hub:them/m2mkd/vmoe_1.pth{revision}", num_heads=2), models[1])
+    assert hub.downloads == ["vmoe_1.pth"]
+    assert same(create_model("hf-hub:them/m2mkd/FT_tiny", num_heads=2), teacher)
+    hub.down = True
+    assert same(create_model("hf-hub:them/m2mkd/vmoe_1.pth", num_heads=2), models[1])
+    with pytest.raises(M2MKDError, match="cannot be reached .* and the cache has no copy"):
+        create_model("hf-hub:them/m2mkd/vmoe_0.pth", num_heads=2)
 
 
 @pytest.mark.parametrize("revision", ["", "@main"])
