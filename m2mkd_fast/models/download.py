@@ -17,8 +17,8 @@ def download(repository: str, revision: str | None = None, inside: str = "") -> 
     """Fetch the configuration and the weights of a repository, or take them from the cache.
 
     Only what a model is read from is fetched: `config.json`, and `model.safetensors` or else the one file of weights
-    that is there; with `inside`, what it names alone. Where the hub cannot be reached, the copy in the cache is taken, with a warning
-    that says its commit.
+    that is there; with `inside`, what it names alone. Where the hub cannot be reached, the copy in the cache is taken,
+    with a warning that says its commit.
 
     Args:
         repository: `owner/name`.
