@@ -6,6 +6,7 @@
 #   make gpu-check  on a machine with a GPU, with the python3 that is there: gpu-test, then gpu-bench
 #   make gpu-test   build in place and run the GPU tests; GPU_TESTS=tests/ops/test_route.py for some of them
 #   make gpu-bench  the benchmarks alone, at most BENCH_SECONDS together, those of BENCHES in their order
+#   make docs       the documentation site in site/, with mkdocs-material; needs no network
 #   make wheel      wheel and source distribution in dist/
 #   make soak       the property tests, many times longer
 
@@ -25,7 +26,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-slow gates bench gpu-check gpu-test gpu-bench lint wheel soak clean
+.PHONY: demo test test-slow gates bench gpu-check gpu-test gpu-bench lint docs wheel soak clean
 
 demo: $(STAMP)
 	$(BIN)/m2mkd run configs/digits_vmoe.yaml --jobs $(JOBS)
@@ -66,6 +67,9 @@ gpu-bench:
 		if [ $$code -eq 124 ]; then echo "$$bench: cut off after $(BENCH_SECONDS) s of all benchmarks"; \
 		elif [ $$code -ne 0 ]; then exit 1; fi; done
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 wheel: $(STAMP)
 	rm -rf dist
 	MAX_JOBS=$(MAX_JOBS) $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
@@ -75,7 +79,7 @@ soak: $(STAMP)
 	M2MKD_FUZZ_EXAMPLES=$(SOAK_EXAMPLES) $(BIN)/python -m pytest -q -k fuzz --timeout 0
 
 clean:
-	rm -rf build dist *.egg-info m2mkd_fast/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info m2mkd_fast/*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(VENV)/.packages: constraints.txt

@@ -15,7 +15,7 @@ meta = m2mkd.meta_model(parts)
 m2mkd.teach_meta(meta, parts, images["train"], steps=300)
 
 student = m2mkd.create_model("vmoe_micro.m2mkd", depth=4)
-modules = m2mkd.student_modules(student, 4, parts.widths)
+modules = m2mkd.student_modules(student, 4, parts.cuts)
 for slot, module in enumerate(modules):
     m2mkd.teach_module(module, slot, parts, meta, images["train"], steps=400, learning_rate=6e-3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,14 @@ def test_command(tmp_path, capsys):
 def test_bad_commands(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_share_in_the_readme_is_the_table_s():
+    line = r"^(\d+) of (\d+) architectures of timm ([\d.]+) \(([\d.]+) %\)"
+    counts = re.search(line, TABLE.read_text(), re.MULTILINE)
+    readme = (TABLE.parent.parent / "README.md").read_text()
+    assert f"{int(counts[1]):,} of {int(counts[2]):,} architectures ({counts[4]} %)" in readme
+    assert f"timm {counts[3]}," in readme
 
 
 @pytest.mark.slow
