@@ -293,6 +293,14 @@ def test_image_shape_of_a_vision_transformer_is_its_own() -> None:
         split(vit(), 2, (3, 9, 9))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["resnet", "swin", "beit", "eva"])
+def test_models_on_a_gpu_are_split_bit_for_bit(kind: str) -> None:
+    model = small(kind).cuda().eval()
+    chain = split(model, 2, IMAGE)
+    verify_split(model, chain, torch.randn(3, *IMAGE, device="cuda"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "convnext_tiny", "mobilenet_v3_small", "swin_t"])
 def test_torchvision_models_are_split_bit_for_bit(name: str) -> None:

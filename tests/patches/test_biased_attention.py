@@ -85,6 +85,15 @@ def test_computes_the_same_with_the_same_parameters(kind: str, dtype: torch.dtyp
     torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", MODELS)
+def test_computes_the_same_on_a_gpu(kind: str) -> None:
+    model, x = build(kind).cuda(), images(kind).cuda()
+    expected = model(x)
+    with apply(model, rules(kind)):
+        torch.testing.assert_close(model(x), expected, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_evaluation_sees_every_change(kind: str) -> None:
     model, other = build(kind).eval(), build(kind).eval()
