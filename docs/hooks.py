@@ -9,6 +9,7 @@ from textwrap import dedent, indent
 import griffe
 
 _LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+_INCLUDED = re.compile(r'^--8<-- "(?P<path>[^"]+)"$', re.MULTILINE)
 _DEFINITION = re.compile(r":math:`(?P<math>[^`]+)`|:[a-z]+:`(?P<short>~?)(?P<name>[\w.]+)`")
 _MATH_BLOCK = re.compile(
     r"^(?P<margin> *)\.\. math::(?P<first>[^\n]*)\n(?P<rest>(?:(?P=margin) +[^\n]+\n|\n)*)", re.MULTILINE
@@ -18,9 +19,11 @@ _MATH_BLOCK = re.compile(
 def on_page_markdown(markdown: str, *, page, config, files) -> str:
     """Links to files of the project that are no pages: the text alone, as there is nothing to lead to.
 
-    The changelog stands beside docs/ and is included from there: its links to pages lose that folder.
+    A line `--8<-- "FILE"` includes a file that stands beside docs/, the changelog: its links to pages lose that folder.
     """
     folder = Path(config.docs_dir, page.file.src_uri).parent
+    root = Path(config.config_file_path).parent
+    markdown = _INCLUDED.sub(lambda line: (root / line["path"]).read_text().replace("](docs/", "]("), markdown)
 
     def replaced(link: re.Match[str]) -> str:
         target = link["target"]
