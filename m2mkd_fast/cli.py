@@ -116,7 +116,7 @@ def _check_split(options: argparse.Namespace) -> None:
         )
     table = Table(title=split_survey.share(findings, options.all))
     for heading in split_survey.HEADINGS:
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")  # a narrow terminal wraps names instead of cutting them
     for finding in findings:
         table.add_row(*split_survey.cells(*finding))
     console.print(table)
