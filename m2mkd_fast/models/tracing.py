@@ -153,13 +153,14 @@ class _Recorder(TorchFunctionMode):
     def call_leaf(self, path: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
         if self.leaf is not None:
             return forward(*args, **kwargs)
+        given = self._arguments(args), self._arguments(kwargs)  # now: a leaf may add to a list that it is given
         self.leaf = path
         try:
             result = forward(*args, **kwargs)
         finally:
             self.leaf = None
         if _holds_tensor(result):
-            self._record("call_module", path, args, kwargs, result)
+            self._record("call_module", path, *given, result)
         return result
 
     def finish(self, result: Any) -> Program:

@@ -54,6 +54,19 @@ def test_blocks_are_leaves_and_the_code_between_them_is_recorded() -> None:
     ]  # fmt: skip
 
 
+def test_a_block_may_add_to_a_list_that_it_is_given() -> None:
+    class Root(Block):
+        def forward(self, x: Tensor, children: list[Tensor]) -> Tensor:
+            children.append(self.map(x))
+            return sum(children)
+
+    model = Model(lambda x, model: model.root(x, [x * 2]))
+    model.root = Root()
+    call = next(node for node in trace(model, PARENTS, SHAPE)[False].graph.nodes if node.target == "root")
+    x, children = call.args
+    assert x.target == "blocks.0" and [child.target for child in children] == ["mul"]
+
+
 def test_one_program_for_both_modes_unless_they_differ() -> None:
     same = trace(Model(), PARENTS, SHAPE)
     assert same[False] is same[True]
