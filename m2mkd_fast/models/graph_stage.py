@@ -30,7 +30,8 @@ class GraphStage(Stage, nn.Module):
     State names are the model's own in full: `layers.2.blocks.0.attn.qkv.weight`. Values that do not depend on the
     images are computed in each stage that needs them, so a parameter that several stages need (a shared table of
     relative positions) is the same tensor in each, and in the state of each; its gradient, a sum over the stages, is
-    the model's up to rounding.
+    the model's up to rounding. Where such a value is random in train mode (dropout on a shared position bias), each
+    stage draws its own.
 
     Sizes and dtypes that the model's code took from the images are fixed: a stage reads images of `image_shape`, any
     number of them. A view holds modules and parameters, not names: replacing one in the model afterwards does not reach
