@@ -143,7 +143,7 @@ def save_module(path: str | os.PathLike[str], module: nn.Module, metadata: Mappi
         }
     except TypeError as error:
         raise M2MKDError(f"metadata for {path} is not JSON: {error}; give numbers, strings, lists and dicts") from error
-    write_atomically(path, lambda temporary: save_file(_own_memory(stored), temporary, metadata=header))
+    write_atomically(path, lambda temporary: save_file(own_memory(stored), temporary, metadata=header))
     return digest
 
 
@@ -199,7 +199,7 @@ def _hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors contiguous, and copied where two of them overlap: safetensors refuses shared memory."""
     seen: set[int] = set()
     result = {}

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from m2mkd_fast.errors import M2MKDError
@@ -206,14 +207,15 @@ def variant_config(
     config = _config(**arguments)
     config["latent_graph_kwargs"]["mediator_latent_kwargs"] = graphs[graph]
     config["graph_sparsity"] = _block_model(clusters) if graph == "planted" else _HINGE_REPULSION
-    return _merge(config, overrides)
+    return merge_options(config, overrides)
 
 
-def _merge(config: Config, overrides: Config) -> Config:
+def merge_options(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """A copy of nested options in which those of ``overrides`` win."""
     merged = copy.deepcopy(config)
     for key, value in overrides.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if nested else copy.deepcopy(value)
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = merge_options(merged[key], value) if nested else copy.deepcopy(value)
     return merged
 
 

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.nac.student import student_modules
+from m2mkd_fast.models.nac.tokenizers import CAPACITIES
+from m2mkd_fast.models.nac.variants import merge_options
 from m2mkd_fast.models.published.names import grouped
 from m2mkd_fast.models.published.record import Published, differences
 from m2mkd_fast.models.registry import create_model
@@ -59,22 +62,20 @@ def identify(state: dict[str, Tensor], options: Mapping[str, Any], facts: dict[s
         state = state | _drawn(part, tokens, found)
         assumed.append("codes and states are drawn from seed 0 (the published modules are saved without theirs)")
     kind: Literal["circuit", "circuit module"] = "circuit" if part is None else "circuit module"
-    nested = _merge(_nested(overrides), options)
+    nested = merge_options(_nested(overrides), options)
     return Published(kind, model, nested, state, part, facts, tuple(assumed))
 
 
 def build(published: Published) -> nn.Module:
     """The circuit, or the module, with other weights."""
-    options = _merge(published.options, {"fit_signatures": False})  # the weights bring theirs
+    options = merge_options(published.options, {"fit_signatures": False})  # the weights bring theirs
     if published.part is None:
         return create_model(published.model, **options)
-    from m2mkd_fast.models.nac.student import student_modules
-
     shapes = {name: tensor.shape for name, tensor in published.state.items()}
     width = shapes["post_stitch.weight"][0] if "post_stitch.weight" in shapes else shapes["pre_stitch.weight"][1]
     before = shapes["pre_stitch.weight"][1] if "pre_stitch.weight" in shapes else width
     tokens = shapes["codes"][0] if published.part == "first" else 1
-    circuit = create_model(published.model, **_merge(options, {"latent_graph_kwargs": {"num_iterations": 1}}))
+    circuit = create_model(published.model, **merge_options(options, {"latent_graph_kwargs": {"num_iterations": 1}}))
     if published.part == "first":
         module = student_modules(circuit, (width, width), tokens)[0]
     elif published.part == "middle":
@@ -165,8 +166,6 @@ def _description(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _capacity(depths: tuple[int, ...]) -> dict[str, str]:
-    from m2mkd_fast.models.nac.tokenizers import CAPACITIES
-
     # Of presets that are the same in as many stages as there are, the first stands for all.
     presets = [name for name, blocks in CAPACITIES.items() if blocks[: len(depths)] == depths]
     return {"input_tokenizer_kwargs.capacity_preset": presets[0]} if presets else {}
@@ -212,12 +211,3 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             place = place.setdefault(name, {})
         place[last] = value
     return nested
-
-
-def _merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts as one; the second wins."""
-    merged = {key: _merge(value, {}) if isinstance(value, Mapping) else value for key, value in first.items()}
-    for key, value in second.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged

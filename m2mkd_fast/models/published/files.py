@@ -18,7 +18,7 @@ from torch import Tensor
 from m2mkd_fast.atomic import write_atomically
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.state import FORMAT as OURS
-from m2mkd_fast.models.state import read_state
+from m2mkd_fast.models.state import own_memory, read_state
 
 FORMAT = "m2mkd_fast.published/1"
 _TENSOR = "$tensor"  # marks, in the JSON of the structure, the place of a tensor
@@ -81,7 +81,7 @@ def write_tree(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
     def outline(value: Any, place: str) -> Any:
         if isinstance(value, Tensor):
             name = names.setdefault(_identity(value), place)
-            stored.setdefault(name, value.detach().contiguous())
+            stored.setdefault(name, value.detach())
             return {_TENSOR: name}
         if isinstance(value, Mapping):
             return {key: outline(item, f"{place}/{key}" if place else key) for key, item in value.items()}
@@ -90,13 +90,7 @@ def write_tree(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
         return value
 
     header = {"format": FORMAT, "structure": json.dumps(outline(tree, ""))}
-    # Views of one tensor are copied: safetensors refuses memory that two of its tensors share.
-    seen: set[int] = set()
-    for name, tensor in stored.items():
-        storage = tensor.untyped_storage().data_ptr()
-        stored[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    write_atomically(Path(path), lambda temporary: save_file(stored, temporary, metadata=header))
+    write_atomically(Path(path), lambda temporary: save_file(own_memory(stored), temporary, metadata=header))
 
 
 def published_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
