@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,14 +55,15 @@ def resolve_depths(model: nn.Module, parts: Parts, image_shape: tuple[int, int, 
     return cuttable_of(model, image_shape).depths(parts)
 
 
-class _Cuttable:
+class _Cuttable(ABC):
     """A model of which the stage of any units can be made."""
 
     units: int
     why_no_more = ""
 
+    @abstractmethod
     def stage(self, start: int, stop: int) -> nn.Module:
-        raise NotImplementedError
+        """Units `start` to `stop` (exclusive) as a module."""
 
     def cut(self, parts: Parts) -> ModuleChain:
         stages, start = [], 0
