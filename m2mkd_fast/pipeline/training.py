@@ -2,78 +2,35 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from m2mkd_fast.data.batches import train_batches
 from m2mkd_fast.data.image_dataset import Split
 from m2mkd_fast.data.seeds import derive_seed
 from m2mkd_fast.distill.pair_loss import PairLoss
 from m2mkd_fast.distill.tasks import Task
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.pipeline.batch_source import AugmentedBatches, BatchSource
 from m2mkd_fast.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
 from m2mkd_fast.pipeline.config import DataConfig, TrainingConfig
+from m2mkd_fast.pipeline.execution import Execution
 from m2mkd_fast.pipeline.files import MetricsFile
+from m2mkd_fast.pipeline.optimization import LearningRate, LearningRateFactor, create_optimizer, moving_average
 from m2mkd_fast.pipeline.progress import Progress as ProgressReport
+from m2mkd_fast.pipeline.training_progress import FitResult
 
 LOG_EVERY = 10
-_FUSED = ("adam", "adamw", "sgd")  # optimisers of torch that update all parameters in one call
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Execution:
-    """Where and how a step computes: what does not belong to the result's meaning."""
-
-    device: str = "auto"
-    precision: str = "auto"
-
-    @property
-    def accelerator(self) -> Accelerator:
-        return _accelerator(self.device)
-
-    def autocast(self) -> torch.autocast:
-        """bf16 where it was asked for, or where ``auto`` finds a GPU that computes in it natively."""
-        device = self.accelerator.device.type
-        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        bf16 = self.precision == "bf16" or (self.precision == "auto" and native)
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
-
-
-@functools.cache
-def _accelerator(device: str) -> Accelerator:
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if device not in ("auto", "cpu") and not cuda:
-        raise M2MKDError(f"device {device!r} was asked for, but torch sees no CUDA device; set device=cpu or auto")
-    return Accelerator(cpu=not cuda)
-
-
-@dataclass
-class FitResult:
-    """What a training run cost and where it ended."""
-
-    steps: int
-    images: int
-    seconds: float
-    flops: float
-    terms: dict[str, float] = field(default_factory=dict)
-    gradient_share: dict[str, float] = field(default_factory=dict)
+Guard = Callable[[], None]
 
 
 def fit(
@@ -88,6 +45,10 @@ def fit(
     evaluate: Evaluate | None = None,
     progress: ProgressReport | None = None,
     name: str = "training",
+    source: BatchSource | None = None,
+    until: int | None = None,
+    learning_rate: LearningRateFactor | None = None,
+    guard: Guard = lambda: None,
 ) -> FitResult:
     """Train ``task.trainable`` in place for ``config.steps`` updates.
 
@@ -105,48 +66,44 @@ def fit(
         evaluate: called on the (averaged) model every ``config.evaluate_every`` steps and at the end.
         progress: told every few steps how far it is, for a progress display.
         name: what the display calls this phase.
+        source: of the batches; by default those of ``split``, augmented and mixed as ``data`` and ``config`` say.
+        until: stop after so many of the steps, with a checkpoint from which a later call goes on; None for all.
+        learning_rate: factor on ``config.learning_rate`` at step t; None for a cosine after a linear warm-up.
+        guard: called before anything is written; raises where this process may no longer write into ``folder``.
 
     Raises:
         M2MKDError: the loss is not finite, the disk is full, or the checkpoint in ``folder`` is damaged or foreign.
     """
-    run = _Run(task, split, config, seed, data or DataConfig(augmentation="none"), execution or Execution(), folder)
-    return run.train(evaluate, progress, name)
+    execution = execution or Execution()
+    if source is None:
+        data = data or DataConfig(augmentation="none")
+        source = AugmentedBatches(split, config, seed, data, execution.accelerator.device)
+    run = _Run(task, source, config, seed, execution, folder, learning_rate, guard)
+    return run.train(evaluate, progress, name, config.steps if until is None else min(until, config.steps))
 
 
 class _Run:
     def __init__(
         self,
         task: Task,
-        split: Split,
+        source: BatchSource,
         config: TrainingConfig,
         seed: int,
-        data: DataConfig,
         execution: Execution,
         folder: Path | None,
+        learning_rate: LearningRateFactor | None,
+        guard: Guard,
     ) -> None:
-        self.split, self.config, self.seed, self.data, self.folder = split, config, seed, data, folder
+        self.source, self.config, self.seed, self.folder, self.guard = source, config, seed, folder, guard
         self.execution, self.accelerator = execution, execution.accelerator
-        fused = {"fused": True} if config.optimizer in _FUSED else {}
-        optimizer = create_optimizer_v2(
-            task.trainable, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay, **fused
-        )
-        self.scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=max(config.steps, 1),
-            warmup_t=round(config.warmup * config.steps),
-            warmup_lr_init=config.learning_rate / 100,
-            t_in_epochs=False,
-        )
+        optimizer = create_optimizer(task.trainable, config)
+        self.learning_rate = LearningRate(optimizer, config, learning_rate)
         self.task, self.optimizer = self.accelerator.prepare(task, optimizer)
-        self.average = ModelEmaV3(task.trainable, decay=config.ema_decay) if config.ema_decay else None
-        self.mixup = (
-            Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=split.num_classes)
-            if config.mixup or config.cutmix
-            else None
-        )
+        self.average = moving_average(task.trainable, config)
         self.progress = Progress()
         if folder is not None:
             self.progress = load_checkpoint(folder, task.trainable, optimizer, self.average)
+            guard()
             self.metrics = MetricsFile(folder / "metrics.jsonl", keep_until=self.progress.step)
         self.losses: list[tuple[int, Tensor, dict[str, Tensor]]] = []
 
@@ -154,60 +111,59 @@ class _Run:
     def trainable(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.task).trainable
 
-    def train(self, evaluate: Evaluate | None, display: ProgressReport | None, name: str) -> FitResult:
+    def train(self, evaluate: Evaluate | None, display: ProgressReport | None, name: str, stop: int) -> FitResult:
         config, progress = self.config, self.progress
         if display is not None:
             display.start(name, config.steps, progress.step)
         if progress.step == 0 and evaluate is not None:
             self._evaluate(evaluate)
-        batches = train_batches(
-            self.split,
-            batch_size=config.batch_size,
-            seed=self.seed,
-            start=progress.step,
-            stop=config.steps,
-            augmentation=self.data.augmentation,
-            num_workers=self.data.num_workers,
-        )
-        for t, (images, labels) in zip(itertools.count(progress.step), batches, strict=False):
+        first = progress.step
+        for t, (inputs, labels) in zip(range(first, stop), self.source.batches(first, max(first, stop)), strict=False):
             started = time.perf_counter()
             shares = (t + 1) % config.evaluate_every == 0
-            self._step(t, images.to(self.accelerator.device), labels.to(self.accelerator.device), shares)
+            self._step(t, self._to_device(inputs), self._to_device(labels), shares)
             progress.step = t + 1
-            progress.images += len(images)
+            progress.images += len(labels)
             progress.flops += progress.flops_per_step
             progress.seconds += time.perf_counter() - started
-            evaluates = evaluate is not None and self._due(config.evaluate_every)
-            saves = self.folder is not None and self._due(config.checkpoint_every)
-            if evaluates or saves or self._due(LOG_EVERY):
+            ends = progress.step == stop
+            evaluates = evaluate is not None and (ends or progress.step % config.evaluate_every == 0)
+            saves = self.folder is not None and (ends or progress.step % config.checkpoint_every == 0)
+            if evaluates or saves or ends or progress.step % LOG_EVERY == 0:
                 self._log(display, name)  # first, since it stops the run before a loss that is not finite does harm
             if evaluates:
                 self._evaluate(evaluate)
             if saves:
+                self.guard()
                 save_checkpoint(self.folder, progress, self.trainable, self.optimizer.optimizer, self.average)
         if self.average is not None:
             self.trainable.load_state_dict(self.average.module.state_dict())
         return FitResult(
-            progress.step, progress.images, progress.seconds, progress.flops, progress.terms, progress.gradient_share
+            progress.step,
+            progress.images,
+            progress.seconds,
+            progress.flops,
+            terms=progress.terms,
+            gradient_share=progress.gradient_share,
         )
 
-    def _due(self, every: int) -> bool:
-        return self.progress.step % every == 0 or self.progress.step == self.config.steps
+    def _to_device(self, given: Any) -> Any:
+        if isinstance(given, Tensor):
+            return given.to(self.accelerator.device)
+        return tuple(tensor.to(self.accelerator.device) for tensor in given)
 
-    def _step(self, t: int, images: Tensor, labels: Tensor, shares: bool) -> None:
+    def _step(self, t: int, inputs: Any, labels: Tensor, shares: bool) -> None:
         step_seed = derive_seed(self.seed, "step", t)
         torch.manual_seed(step_seed)
         np.random.seed(step_seed)
         random.seed(step_seed)
-        if self.mixup is not None:
-            images, labels = self.mixup(images, labels)
-        self.scheduler.step_update(t)
+        self.learning_rate.set(t)
         self.task.train()
         if self.progress.flops_per_step:
-            loss = self._backward(images, labels, shares)
+            loss = self._backward(inputs, labels, shares)
         else:
             with FlopCounterMode(display=False) as counter:
-                loss = self._backward(images, labels, False)
+                loss = self._backward(inputs, labels, False)
             self.progress.flops_per_step = float(counter.get_total_flops())
         if self.config.clip_grad:
             self.accelerator.clip_grad_norm_(self.trainable.parameters(), self.config.clip_grad)
@@ -216,10 +172,10 @@ class _Run:
             self.average.update(self.trainable, step=t)
         self.losses.append((t, loss.total.detach(), {name: term.detach() for name, term in loss.terms.items()}))
 
-    def _backward(self, images: Tensor, labels: Tensor, shares: bool) -> PairLoss:
+    def _backward(self, inputs: Any, labels: Tensor, shares: bool) -> PairLoss:
         self.optimizer.zero_grad()
         with self.execution.autocast():
-            loss = self.task(images, labels)
+            loss = self.task(inputs, labels)
         if shares and len(loss.terms) > 1:
             self.progress.gradient_share = _gradient_share(loss, list(self.trainable.parameters()))
         self.accelerator.backward(loss.total)
@@ -255,6 +211,7 @@ class _Run:
         if progress.gradient_share:
             entry["gradient_share"] = progress.gradient_share
         if self.folder is not None:
+            self.guard()
             self.metrics.append(entry)
         if display is not None:
             display.update(name, progress.step, entry["loss"], entry["terms"], entry["images_per_second"])
@@ -263,6 +220,7 @@ class _Run:
         model = self.trainable if self.average is None or self.progress.step == 0 else self.average.module
         values = evaluate(model)
         if self.folder is not None and values:
+            self.guard()
             cost = {"seconds": self.progress.seconds, "flops": self.progress.flops}
             self.metrics.append({"step": self.progress.step, **values, **cost})
 

@@ -23,8 +23,8 @@ from m2mkd_fast.modules.split import split
 from m2mkd_fast.modules.state import load_module, load_strict
 from m2mkd_fast.modules.student import student_modules
 from m2mkd_fast.pipeline.config import RunConfig
+from m2mkd_fast.pipeline.execution import Execution
 from m2mkd_fast.pipeline.files import read_json
-from m2mkd_fast.pipeline.training import Execution
 
 
 class Workbench:

@@ -16,7 +16,8 @@ from m2mkd_fast.distill.tasks import SupervisedTask, Task
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.pipeline import checkpoint, files
 from m2mkd_fast.pipeline.config import DataConfig, TrainingConfig
-from m2mkd_fast.pipeline.training import Execution, _gradient_share, fit
+from m2mkd_fast.pipeline.execution import Execution
+from m2mkd_fast.pipeline.training import _gradient_share, fit
 
 CPU = Execution(device="cpu", precision="float32")
 
