@@ -12,7 +12,9 @@
 
 PYTHON ?= python3
 MAX_JOBS ?= 2
+TEST_PROCESSES ?= 2
 JOBS ?= 2
+TEST_PROCESSES ?= 2
 OUT ?= benchmarks/results/local
 SOAK_EXAMPLES ?= 5000
 # Mixtures first: a GPU run may end before the last one.
@@ -33,7 +35,7 @@ demo: $(STAMP)
 	$(BIN)/m2mkd run configs/digits_nac.yaml --jobs $(JOBS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
