@@ -6,13 +6,23 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.pipeline.stopping import EXIT_REQUEUE, Stopped, handle_stop_signals
+
+# Commands that train: asked to stop, they save first.
+_TRAINING = ("run", "distill", "train", "step")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 where it succeeded, 2 after an error that the user can mend, 130 after an interrupt."""
+    """Run one command.
+
+    Returns:
+        0 where it succeeded, 2 after an error that the user can mend, 75 where it was asked to stop and has saved (the
+        same command goes on), 130 after an interrupt.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -23,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     options.line = shlex.join(["m2mkd", *arguments])
     try:
-        options.command(options)
+        with handle_stop_signals() if options.subcommand in _TRAINING else nullcontext():
+            options.command(options)
+    except Stopped as stop:
+        print(f"m2mkd: stopped: {stop}; the same command goes on from there", file=sys.stderr)
+        return EXIT_REQUEUE
     except M2MKDError as error:
         print(f"m2mkd: error: {error}", file=sys.stderr)
         return 2
@@ -256,7 +270,7 @@ def _print_summary(folder: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="m2mkd", description="Module-to-module distillation of vision models.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="subcommand")
 
     def command(name: str, function, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
