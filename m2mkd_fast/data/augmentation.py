@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+class Rows(NamedTuple):
+    """Which of a batch's `size` images there are: presets draw for all of them, so that a part of a batch changes as it
+    does in the whole one."""
+
+    size: int
+    rows: Tensor | slice = slice(None)
+
+
 @dataclass(frozen=True)
 class Unchanged:
     """The preset "none": images as they are."""
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: torch.Generator, batch: Rows | None = None) -> Tensor:
         return images
 
 
@@ -37,8 +45,9 @@ class Affine:
     scale: float = 0.15
     shift: float = 0.15
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        draws = torch.rand(len(images), 4, generator=generator) * 2 - 1
+    def __call__(self, images: Tensor, generator: torch.Generator, batch: Rows | None = None) -> Tensor:
+        size, rows = batch or Rows(len(images))
+        draws = torch.rand(size, 4, generator=generator)[rows] * 2 - 1
         angle, scale = draws[:, 0] * self.rotation, 1 + draws[:, 1] * self.scale
         shift = draws[:, 2:] * self.shift
         cosine, sine = scale * angle.cos(), scale * angle.sin()
@@ -55,11 +64,12 @@ class CropFlip:
     padding: float = 0.125
     flip: float = 0.5
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: torch.Generator, batch: Rows | None = None) -> Tensor:
         count, _, height, width = images.shape
-        rows = self._positions(count, height, generator)
-        columns = self._positions(count, width, generator)
-        flipped = torch.rand(count, 1, generator=generator) < self.flip
+        size, own = batch or Rows(count)
+        rows = self._positions(size, height, generator)[own]
+        columns = self._positions(size, width, generator)[own]
+        flipped = (torch.rand(size, 1, generator=generator) < self.flip)[own]
         columns = torch.where(flipped, columns.flip(1), columns)
         # An index beyond the border repeats the border's pixel, so no padded copy is needed.
         picked = images[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]

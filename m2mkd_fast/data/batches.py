@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from m2mkd_fast.data.augmentation import TimmTransform, create_augmentation
+from m2mkd_fast.data.augmentation import Rows, TimmTransform, create_augmentation
 from m2mkd_fast.data.image_dataset import Split
 from m2mkd_fast.data.seeds import derive_seed, derived_generator, seeded_globals
 from m2mkd_fast.errors import M2MKDError
@@ -40,28 +40,60 @@ def batch_indices(size: int, *, batch_size: int, seed: int, t: int) -> Tensor:
     )
 
 
+def shard_rows(batch_size: int, shard: tuple[int, int], *, mirrored: bool = False) -> Tensor:
+    """Positions int64 [batch_size / world] in a batch that belong to `shard` = (rank, world), ascending.
+
+    They are a contiguous stretch, so that images that routers group together stay together. With `mirrored` they are
+    two, [a, b) and [B - b, B - a): a row and its mirror image `B - 1 - row` are on one rank, as mixing needs that
+    pairs a batch with its flip (`timm.data.Mixup`). Mixing the rows of a rank is then taking those rows of the mixed
+    batch.
+
+    Raises M2MKDError for a rank outside the world, and where the batch does not divide.
+    """
+    rank, world = shard
+    if not 0 <= rank < world:
+        raise M2MKDError(f"shard=({rank}, {world}): a rank is from 0 to {world - 1}")
+    parts = 2 * world if mirrored and world > 1 else world
+    if batch_size % parts:
+        why = f"{world} processes" + (", two stretches each as mixing pairs a batch with its flip" if mirrored else "")
+        raise M2MKDError(
+            f"batch_size={batch_size} does not divide into {parts} equal parts ({why}); make it a multiple of {parts}"
+        )
+    stretch = torch.arange(rank * (batch_size // parts), (rank + 1) * (batch_size // parts))
+    return torch.cat([stretch, batch_size - 1 - stretch.flip(0)]) if mirrored and world > 1 else stretch
+
+
 class TrainBatchSource(Dataset):
     """Random access to training batches: `source[t]` depends on the arguments and `t` alone."""
 
     def __init__(
-        self, split: Split, *, batch_size: int, seed: int, augmentation: str | Mapping[str, Any] = "none"
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        seed: int,
+        augmentation: str | Mapping[str, Any] = "none",
+        shard: tuple[int, int] = (0, 1),
+        mirrored: bool = False,
     ) -> None:
         _check_batch(split, batch_size)
         self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.rows = shard_rows(batch_size, shard, mirrored=mirrored)
         self.augmentation = create_augmentation(augmentation)
         if isinstance(self.augmentation, TimmTransform):
             self._transform = self.augmentation.bind(split.image_shape, split.mean, split.std)
 
     def __getitem__(self, t: int) -> Batch:
-        indices = batch_indices(len(self.split), batch_size=self.batch_size, seed=self.seed, t=t)
+        indices = batch_indices(len(self.split), batch_size=self.batch_size, seed=self.seed, t=t)[self.rows]
         if isinstance(self.augmentation, TimmTransform):
             return self._transformed(t, indices)
         images, labels = self.split.load(indices, replace_unreadable=True)
-        return self.augmentation(images, derived_generator(self.seed, "augmentation", t)), labels
+        generator = derived_generator(self.seed, "augmentation", t)
+        return self.augmentation(images, generator, Rows(self.batch_size, self.rows)), labels
 
     def _transformed(self, t: int, indices: Tensor) -> Batch:
         images, labels = [], []
-        for position, index in enumerate(indices.tolist()):
+        for position, index in zip(self.rows.tolist(), indices.tolist(), strict=True):
             picture, label = self.split.picture(index)
             with seeded_globals(derive_seed(self.seed, "augmentation", t, position)):
                 images.append(self._transform(picture))
@@ -135,6 +167,8 @@ def train_batches(
     stop: int,
     augmentation: str | Mapping[str, Any] = "none",
     num_workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    mirrored: bool = False,
 ) -> Iterator[Batch]:
     """Training batches t = start … stop - 1: images float32 [batch_size, C, H, W], labels int64 [batch_size].
 
@@ -144,12 +178,17 @@ def train_batches(
 
     `augmentation` is a preset's name or a mapping with "name" and options: see `create_augmentation`.
 
+    With `shard` = (rank, world) only that rank's rows of every batch are made, bit for bit those of the whole batch:
+    batch_size / world of them, which ones and what `mirrored` is for says `shard_rows`.
+
     Raises M2MKDError for an empty split or impossible numbers, at the call and not at the first batch.
     """
     if not 0 <= start <= stop:
         raise M2MKDError(f"start={start}, stop={stop}: batches need 0 <= start <= stop")
     _check_workers(num_workers)
-    source = TrainBatchSource(split, batch_size=batch_size, seed=seed, augmentation=augmentation)
+    source = TrainBatchSource(
+        split, batch_size=batch_size, seed=seed, augmentation=augmentation, shard=shard, mirrored=mirrored
+    )
     return _iterate(source, range(start, stop), num_workers)
 
 

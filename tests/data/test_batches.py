@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.data import Mixup
 
 from m2mkd_fast.data import TensorSplit, create_dataset, eval_batches, train_batches
-from m2mkd_fast.data.batches import batch_indices
+from m2mkd_fast.data.batches import batch_indices, shard_rows
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 
 AUGMENTATIONS = ["none", "affine", "crop_flip", {"name": "affine", "rotation": 0.1, "scale": 0.0}]
@@ -162,3 +163,53 @@ def test_impossible_requests_fail_at_the_call(split, colour_split):
         train_batches(split, batch_size=8, seed=0, stop=2, augmentation="afine")
     with pytest.raises(M2MKDError, match=r"3 channels and the dataset has 1"):
         train_batches(split, batch_size=8, seed=0, stop=2, augmentation="timm")
+
+
+@pytest.mark.parametrize("augmentation", ["none", "affine", "crop_flip", TIMM], ids=str)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_shard_is_its_rows_of_the_whole_batch(colour_split, augmentation, mirrored):
+    options = {"batch_size": 12, "seed": 3, "start": 2, "stop": 5, "augmentation": augmentation}
+    whole = list(train_batches(colour_split, **options))
+    for world in (2, 3):
+        seen = []
+        for rank in range(world):
+            rows = shard_rows(12, (rank, world), mirrored=mirrored)
+            shards = train_batches(colour_split, shard=(rank, world), mirrored=mirrored, **options)
+            assert same(shards, [(images[rows], labels[rows]) for images, labels in whole])
+            seen += rows.tolist()
+        assert sorted(seen) == list(range(12))
+
+
+def test_mixing_a_mirrored_shard_is_the_shard_of_the_mixed_batch(split):
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=10)
+
+    def mixed(images, labels, seed):
+        np.random.seed(seed)
+        return mixup(images, labels)
+
+    for t in range(6):  # both kinds of mixing
+        options = {"batch_size": 24, "seed": 1, "start": t, "stop": t + 1, "augmentation": "affine"}
+        images, labels = mixed(*next(train_batches(split, **options)), t)
+        for rank in range(3):
+            own = mixed(*next(train_batches(split, shard=(rank, 3), mirrored=True, **options)), t)
+            rows = shard_rows(24, (rank, 3), mirrored=True)
+            assert torch.equal(own[0], images[rows]) and torch.equal(own[1], labels[rows])
+
+
+def test_a_shard_makes_only_its_own_images(split, monkeypatch):
+    loaded = []
+    load = type(split).load
+    monkeypatch.setattr(
+        type(split), "load", lambda self, indices, **how: (loaded.append(len(indices)), load(self, indices, **how))[1]
+    )
+    next(train_batches(split, batch_size=32, seed=0, stop=1, augmentation="affine", shard=(1, 4)))
+    assert loaded == [8]
+
+
+def test_batches_that_do_not_divide_are_named():
+    with pytest.raises(M2MKDError, match=r"batch_size=10 does not divide into 4 equal parts \(4 processes\)"):
+        shard_rows(10, (0, 4))
+    with pytest.raises(M2MKDError, match="batch_size=6 does not divide into 4 equal parts.*flip.*multiple of 4"):
+        shard_rows(6, (0, 2), mirrored=True)
+    with pytest.raises(M2MKDError, match=r"shard=\(2, 2\): a rank is from 0 to 1"):
+        shard_rows(8, (2, 2))
