@@ -21,20 +21,27 @@ Batch = tuple[Tensor, Tensor]
 
 # Two entries: a batch may cross from one epoch to the next.
 @functools.lru_cache(maxsize=2)
-def _epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(size, generator=derived_generator(seed, "order", epoch))
+def _epoch_order(size: int, seed: int, epoch: int, repeats: int) -> Tensor:
+    order = torch.randperm(size, generator=derived_generator(seed, "order", epoch))
+    return order if repeats == 1 else order[: math.ceil(size / repeats)].repeat_interleave(repeats)[:size]
 
 
-def batch_indices(size: int, *, batch_size: int, seed: int, t: int) -> Tensor:
+def batch_indices(size: int, *, batch_size: int, seed: int, t: int, repeats: int = 1) -> Tensor:
     """Image indices int64 [batch_size] of batch `t` from `size` images.
 
     The epochs' permutations, each of all `size` images, stand one after another; batch `t` is the stretch
     [t * batch_size, (t + 1) * batch_size) of it. No image is dropped, and a batch may cross epochs.
+
+    With `repeats` > 1 (repeated augmentation, E. Hoffer et al., arXiv 1901.09335) an epoch still has `size` places, but
+    each image of its permutation takes `repeats` places in succession, and the images that find no place are left out:
+    a batch shows about batch_size / repeats images, each augmented so many times. The global batches are those of
+    DeiT's `RASampler`, whose R processes take places k, k + R, …, and which cuts an epoch to a multiple of 256 images
+    and the last partial batch off; here epochs are whole and batches may cross them.
     """
     first, end = t * batch_size, (t + 1) * batch_size
     return torch.cat(
         [
-            _epoch_order(size, seed, epoch)[max(first - epoch * size, 0) : end - epoch * size]
+            _epoch_order(size, seed, epoch, repeats)[max(first - epoch * size, 0) : end - epoch * size]
             for epoch in range(first // size, (end - 1) // size + 1)
         ]
     )
@@ -50,9 +57,7 @@ def shard_rows(batch_size: int, shard: tuple[int, int], *, mirrored: bool = Fals
 
     Raises M2MKDError for a rank outside the world, and where the batch does not divide.
     """
-    rank, world = shard
-    if not 0 <= rank < world:
-        raise M2MKDError(f"shard=({rank}, {world}): a rank is from 0 to {world - 1}")
+    rank, world = _check_shard(shard)
     parts = 2 * world if mirrored and world > 1 else world
     if batch_size % parts:
         why = f"{world} processes" + (", two stretches each as mixing pairs a batch with its flip" if mirrored else "")
@@ -73,18 +78,22 @@ class TrainBatchSource(Dataset):
         batch_size: int,
         seed: int,
         augmentation: str | Mapping[str, Any] = "none",
+        repeats: int = 1,
         shard: tuple[int, int] = (0, 1),
         mirrored: bool = False,
     ) -> None:
         _check_batch(split, batch_size)
-        self.split, self.batch_size, self.seed = split, batch_size, seed
+        if repeats < 1:
+            raise M2MKDError(f"repeats={repeats}: each image is shown at least once")
+        self.split, self.batch_size, self.seed, self.repeats = split, batch_size, seed, repeats
         self.rows = shard_rows(batch_size, shard, mirrored=mirrored)
         self.augmentation = create_augmentation(augmentation)
         if isinstance(self.augmentation, TimmTransform):
             self._transform = self.augmentation.bind(split.image_shape, split.mean, split.std)
 
     def __getitem__(self, t: int) -> Batch:
-        indices = batch_indices(len(self.split), batch_size=self.batch_size, seed=self.seed, t=t)[self.rows]
+        indices = batch_indices(len(self.split), batch_size=self.batch_size, seed=self.seed, t=t, repeats=self.repeats)
+        indices = indices[self.rows]
         if isinstance(self.augmentation, TimmTransform):
             return self._transformed(t, indices)
         images, labels = self.split.load(indices, replace_unreadable=True)
@@ -166,17 +175,19 @@ def train_batches(
     start: int = 0,
     stop: int,
     augmentation: str | Mapping[str, Any] = "none",
+    repeats: int = 1,
     num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     mirrored: bool = False,
 ) -> Iterator[Batch]:
     """Training batches t = start … stop - 1: images float32 [batch_size, C, H, W], labels int64 [batch_size].
 
-    Batch t is a function of (split, batch_size, seed, augmentation, t), bit for bit, whatever `start`, the number of
-    worker processes or the global random states, which stay untouched. Every epoch shows each image once; batches may
-    cross epochs. Batches before `start` cost nothing.
+    Batch t is a function of (split, batch_size, seed, augmentation, repeats, t), bit for bit, whatever `start`, the
+    number of worker processes or the global random states, which stay untouched. Every epoch shows each image once;
+    batches may cross epochs. Batches before `start` cost nothing.
 
-    `augmentation` is a preset's name or a mapping with "name" and options: see `create_augmentation`.
+    `augmentation` is a preset's name or a mapping with "name" and options: see `create_augmentation`. With `repeats`
+    each image appears so many times in succession, augmented anew: see `batch_indices`.
 
     With `shard` = (rank, world) only that rank's rows of every batch are made, bit for bit those of the whole batch:
     batch_size / world of them, which ones and what `mirrored` is for says `shard_rows`.
@@ -187,20 +198,37 @@ def train_batches(
         raise M2MKDError(f"start={start}, stop={stop}: batches need 0 <= start <= stop")
     _check_workers(num_workers)
     source = TrainBatchSource(
-        split, batch_size=batch_size, seed=seed, augmentation=augmentation, shard=shard, mirrored=mirrored
+        split,
+        batch_size=batch_size,
+        seed=seed,
+        augmentation=augmentation,
+        repeats=repeats,
+        shard=shard,
+        mirrored=mirrored,
     )
     return _iterate(source, range(start, stop), num_workers)
 
 
-def eval_batches(split: Split, batch_size: int, *, num_workers: int = 0) -> Iterator[Batch]:
+def eval_batches(
+    split: Split, batch_size: int, *, num_workers: int = 0, shard: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
     """All images of `split` once, in order, unaugmented, in batches of which the last may be smaller.
 
-    Images that cannot be decoded are left out.
+    With `shard` = (rank, world) only batches rank, rank + world, rank + 2 world, …: whole ones, so that images meet the
+    same others in a batch, however many processes share the work. Images that cannot be decoded are left out.
     """
     _check_workers(num_workers)
+    _check_shard(shard)
     source = _EvalBatchSource(split, batch_size)
-    batches = _iterate(source, range(len(source)), num_workers)
+    batches = _iterate(source, range(shard[0], len(source), shard[1]), num_workers)
     return (batch for batch in batches if len(batch[1]))
+
+
+def _check_shard(shard: tuple[int, int]) -> tuple[int, int]:
+    rank, world = shard
+    if not 0 <= rank < world:
+        raise M2MKDError(f"shard=({rank}, {world}): a rank is from 0 to {world - 1}")
+    return shard
 
 
 def _check_workers(num_workers: int) -> None:

@@ -53,8 +53,11 @@ def predict(
     device: torch.device | str | None = None,
     class_mask: Tensor | Sequence[bool] | Sequence[int] | None = None,
     num_workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits [B, C] and labels [B] of every batch of `split`, both on `device`, by default that of the parameters.
+
+    With `shard` = (rank, world) of every world-th batch from number `rank` on.
 
     With `class_mask` the logits of the other classes are minus infinity; labels stay in the model's numbering.
 
@@ -66,7 +69,7 @@ def predict(
     mask = None
     # no_grad, not inference_mode: tensors that a model keeps from here must stay usable in training.
     with evaluation_mode(model), torch.no_grad():
-        for images, labels in eval_batches(split, batch_size, num_workers=num_workers):
+        for images, labels in eval_batches(split, batch_size, num_workers=num_workers, shard=shard):
             logits = model(images.to(device))
             if mask is None:
                 mask = _checked_mask(class_mask, split, logits.shape[-1])

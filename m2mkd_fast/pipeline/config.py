@@ -36,9 +36,10 @@ class TrainingConfig:
 
 @dataclass
 class DataConfig:
-    spec: str = "digits"  # digits, glyphs, folder:PATH, torchvision:NAME
+    spec: str = "digits"  # one of list_datasets(), such as glyphs, folder:PATH, imagenet:PATH, webdataset:PATTERN
     options: dict[str, Any] = field(default_factory=dict)  # passed to create_dataset
     augmentation: Any = "affine"  # preset, or a mapping with its name and options
+    repeats: int = 1  # so many differently augmented copies of an image in succession (DeiT's repeated augmentation: 3)
     num_workers: int = 0
 
 
@@ -206,6 +207,8 @@ def check_values(config: RunConfig) -> None:
     for arm in config.arms:
         if arm not in ARMS:
             raise UnknownNameError("arm", arm, ARMS)
+    if config.data.repeats < 1:
+        raise M2MKDError(f"data.repeats must be at least 1, got {config.data.repeats}")
     for name, training in phases(config):
         _check_training(name, training)
     if not 0.0 <= config.pair.alpha <= 1.0:

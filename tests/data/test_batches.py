@@ -58,6 +58,49 @@ def test_far_batches_are_reached_directly_and_are_reproducible(size, batch_size,
     assert indices.max() < size
 
 
+@given(size=st.integers(1, 60), batch_size=st.integers(1, 30), repeats=st.integers(1, 5), seed=st.integers(0, 2**62))
+@settings(max_examples=60, deadline=None)
+def test_repeated_augmentation_shows_images_in_succession(size, batch_size, repeats, seed):
+    drawn = torch.cat(
+        [batch_indices(size, batch_size=batch_size, seed=seed, t=t, repeats=repeats) for t in range(2 * size)]
+    )
+    for epoch in range(batch_size * 2):  # 2 * size batches are so many epochs
+        order = batch_indices(size, batch_size=size, seed=seed, t=epoch)
+        shown = drawn[epoch * size : (epoch + 1) * size]
+        assert shown.tolist() == [int(order[place // repeats]) for place in range(size)]
+
+
+def test_repeated_augmentation_agrees_with_timms_sampler(monkeypatch):
+    """The batch of all processes together is the one that timm's processes draw, rank k every R-th place from k on."""
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    from m2mkd_fast.data import batches
+
+    size, ranks, batch_size, repeats = 512, 4, 16, 3
+    monkeypatch.setattr(batches, "derived_generator", lambda seed, word, epoch: torch.Generator().manual_seed(epoch))
+    batches._epoch_order.cache_clear()
+    samplers = [RepeatAugSampler(range(size), ranks, rank, num_repeats=repeats) for rank in range(ranks)]
+    drawn = [list(sampler) for sampler in samplers]
+    for t in range(size // (ranks * batch_size)):
+        theirs = [index for rank in drawn for index in rank[t * batch_size : (t + 1) * batch_size]]
+        ours = batch_indices(size, batch_size=ranks * batch_size, seed=0, t=t, repeats=repeats).tolist()
+        assert sorted(ours) == sorted(theirs)
+        assert [ours[rank::ranks] for rank in range(ranks)] == [
+            rank[t * batch_size : (t + 1) * batch_size] for rank in drawn
+        ]
+    batches._epoch_order.cache_clear()
+
+
+def test_repeated_images_are_augmented_differently(colour_split):
+    images, labels = next(
+        train_batches(colour_split, batch_size=6, seed=0, stop=1, repeats=3, augmentation={**TIMM, "color_jitter": 0.4})
+    )
+    assert labels[0] == labels[1] == labels[2] and labels[3] == labels[4] == labels[5]
+    assert len({image.numpy().tobytes() for image in images}) == 6
+    with pytest.raises(M2MKDError, match=r"repeats=0: each image is shown at least once"):
+        train_batches(colour_split, batch_size=6, seed=0, stop=1, repeats=0)
+
+
 def test_orders_differ_between_epochs_and_seeds():
     orders = [batch_indices(200, batch_size=200, seed=seed, t=t) for seed in (0, 1, 2) for t in (0, 1, 2)]
     for i, order in enumerate(orders):
@@ -213,3 +256,11 @@ def test_batches_that_do_not_divide_are_named():
         shard_rows(6, (0, 2), mirrored=True)
     with pytest.raises(M2MKDError, match=r"shard=\(2, 2\): a rank is from 0 to 1"):
         shard_rows(8, (2, 2))
+
+
+def test_evaluation_is_shared_out_in_whole_batches(split):
+    batches = list(eval_batches(split, 100))
+    assert same(eval_batches(split, 100, shard=(1, 3)), batches[1::3])
+    assert list(eval_batches(split, 1000, shard=(2, 3))) == []  # more processes than batches
+    with pytest.raises(M2MKDError, match=r"shard=\(-1, 3\)"):
+        eval_batches(split, 100, shard=(-1, 3))

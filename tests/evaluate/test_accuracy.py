@@ -114,3 +114,15 @@ def test_logits_that_are_not_numbers_are_an_error(split):
     model.scale.data.fill_(torch.nan)
     with pytest.raises(M2MKDError, match=r"logits on split 'test' are not numbers"):
         evaluate_accuracy(model, split)
+
+
+def test_processes_add_up_their_counts():
+    generator = torch.Generator().manual_seed(0)
+    split = make_split(torch.randn(23, 6, generator=generator), [i % 6 for i in range(23)])
+    counts = []
+    for rank in range(3):
+        evaluate_topk(Lookup(), split, (1, 3), 4, shard=(rank, 3), total=lambda own: (counts.append(own), own)[1])
+    assert [own[-1] for own in counts] == [8, 8, 7]  # whole batches of 4, the last of 3
+    together = torch.stack(counts).sum(0)
+    shared = evaluate_topk(Lookup(), split, (1, 3), 4, shard=(1, 3), total=lambda own: together)
+    assert shared == evaluate_topk(Lookup(), split, (1, 3), 4)
