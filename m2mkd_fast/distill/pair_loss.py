@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m2mkd_fast.distill.whole_batch import batch_variance
 from m2mkd_fast.errors import M2MKDError
 
 Kind = Literal["soft", "hard"]
@@ -78,7 +79,10 @@ def pair_loss(
 
 
 def feature_loss(feature: Tensor | None, target: Tensor | None) -> Tensor:
-    """Mean squared error divided by the target's variance (1 is what predicting the target's mean would score)."""
+    """Mean squared error divided by the target's variance (1 is what predicting the target's mean would score).
+
+    The variance is that of the whole batch also where several processes share its rows.
+    """
     if feature is None or target is None:
         raise M2MKDError("the feature loss needs both modules' outputs; pass feature= and feature_target=")
     if feature.shape != target.shape:
@@ -88,7 +92,7 @@ def feature_loss(feature: Tensor | None, target: Tensor | None) -> Tensor:
             "teacher, or set feature_weight=0"
         )
     target = target.detach()
-    return F.mse_loss(feature, target) / target.var()
+    return F.mse_loss(feature, target) / batch_variance(target)
 
 
 def _distillation(student: Tensor, teacher: Tensor, tau: float, kind: Kind, reduction: Reduction) -> Tensor:

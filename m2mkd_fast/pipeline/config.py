@@ -99,6 +99,14 @@ class BaselineConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the processes of a step (`torchrun`) share it. It says where a step computes, not what."""
+
+    strategy: str = "ddp"  # "ddp": weights in every process; "fsdp": each holds a part of weights and optimiser state
+    experts: int = 1  # processes among which each mixture's experts are shared out; it divides their number
+
+
+@dataclass
 class RunConfig:
     name: str = "run"
     output: str = ""  # run folder; "" means runs/<name>
@@ -106,6 +114,7 @@ class RunConfig:
     threads: int = 0  # CPU threads a step; 0 divides the cores among the jobs
     device: str = "auto"
     precision: str = "auto"  # "auto": bf16 on a GPU that has it, else float32
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recipe: str = "composable"
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     data: DataConfig = field(default_factory=DataConfig)
@@ -147,6 +156,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "pair.kind": ("soft", "hard"),
     "pair.kd_reduction": ("batchmean", "reference"),
     "pair.prefix": ("teacher", "meta"),
+    "parallel.strategy": ("ddp", "fsdp"),
     "precision": ("auto", "float32", "bf16"),
 }
 
@@ -207,6 +217,8 @@ def check_values(config: RunConfig) -> None:
     for arm in config.arms:
         if arm not in ARMS:
             raise UnknownNameError("arm", arm, ARMS)
+    if config.parallel.experts < 1:
+        raise M2MKDError(f"parallel.experts must be at least 1, got {config.parallel.experts}")
     if config.data.repeats < 1:
         raise M2MKDError(f"data.repeats must be at least 1, got {config.data.repeats}")
     for name, training in phases(config):
