@@ -37,12 +37,20 @@ class AugmentedBatches:
         seed: of order, augmentation and mixing.
         data: augmentation and loader processes.
         device: where mixing computes, and where the batches are given.
+        shard: rank and number of the processes that share out each batch; this one gets its rows of it.
     """
 
     def __init__(
-        self, split: Split, config: TrainingConfig, seed: int, data: DataConfig, device: torch.device | str = "cpu"
+        self,
+        split: Split,
+        config: TrainingConfig,
+        seed: int,
+        data: DataConfig,
+        device: torch.device | str = "cpu",
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
-        self.split, self.config, self.seed, self.data, self.device = split, config, seed, data, device
+        self.split, self.config, self.seed, self.data = split, config, seed, data
+        self.device, self.shard = device, shard
         self.mixup = (
             Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=split.num_classes)
             if config.mixup or config.cutmix
@@ -57,7 +65,10 @@ class AugmentedBatches:
             start=start,
             stop=stop,
             augmentation=self.data.augmentation,
+            repeats=self.data.repeats,
             num_workers=self.data.num_workers,
+            shard=self.shard,
+            mirrored=self.mixup is not None,
         )
         for t, (images, labels) in zip(itertools.count(start), batches, strict=False):
             images, labels = images.to(self.device), labels.to(self.device)

@@ -32,6 +32,12 @@ class TrainingConfig:
     ema_decay: float = 0.0  # 0: no moving average; else its weights are evaluated and kept
     evaluate_every: int = 100
     checkpoint_every: int = 100
+    keep_checkpoints: int = 2  # the last ones, of which the newest intact one counts
+    accumulate: int = 1  # micro-batches of equal size in which a step takes its batch
+    checkpoint_activations: bool = False  # blocks keep their inputs alone and compute again in the backward pass
+    compile: bool = False  # forward and backward pass through torch.compile
+    layer_decay: float = 1.0  # learning rate of a layer over that of the next one; 1: all alike
+    max_skipped: int = 10  # steps left out for a loss or gradient that is not finite, before the run stops
 
 
 @dataclass
@@ -157,7 +163,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "pair.kd_reduction": ("batchmean", "reference"),
     "pair.prefix": ("teacher", "meta"),
     "parallel.strategy": ("ddp", "fsdp"),
-    "precision": ("auto", "float32", "bf16"),
+    "precision": ("auto", "float32", "bf16", "fp16"),
 }
 
 
@@ -243,10 +249,11 @@ def check_values(config: RunConfig) -> None:
 
 
 def _check_training(name: str, training: TrainingConfig) -> None:
-    for key in ("steps", "batch_size", "evaluate_every", "checkpoint_every"):
-        least = 0 if key == "steps" else 1
-        if getattr(training, key) < least:
-            raise M2MKDError(f"{name}.{key} must be at least {least}, got {getattr(training, key)}")
+    least = {"steps": 0, "max_skipped": 0}
+    least |= dict.fromkeys(("batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints", "accumulate"), 1)
+    for key, least_value in least.items():
+        if getattr(training, key) < least_value:
+            raise M2MKDError(f"{name}.{key} must be at least {least_value}, got {getattr(training, key)}")
     if not training.learning_rate > 0:
         raise M2MKDError(f"{name}.learning_rate must be positive, got {training.learning_rate}")
     for key, high in {"warmup": 1.0, "label_smoothing": 1.0, "ema_decay": 1.0}.items():
@@ -255,6 +262,13 @@ def _check_training(name: str, training: TrainingConfig) -> None:
     for key in ("clip_grad", "mixup", "cutmix", "weight_decay"):
         if getattr(training, key) < 0:
             raise M2MKDError(f"{name}.{key} must not be negative, got {getattr(training, key)}")
+    if not 0.0 < training.layer_decay <= 1.0:
+        raise M2MKDError(f"{name}.layer_decay must be above 0 and at most 1, got {training.layer_decay}")
+    if training.batch_size % training.accumulate:
+        raise M2MKDError(
+            f"{name}.batch_size={training.batch_size} cannot be cut into {name}.accumulate={training.accumulate} equal "
+            "micro-batches; make it a multiple"
+        )
     if (training.mixup or training.cutmix) and training.batch_size % 2:
         raise M2MKDError(f"{name}.batch_size must be even with mixup or cutmix, got {training.batch_size}")
 

@@ -52,29 +52,3 @@ def exclusive(folder: Path, patience: float = 0.0) -> Iterator[None]:
                     ) from error
                 time.sleep(0.05)
         yield
-
-
-class MetricsFile:
-    """``metrics.jsonl`` of a step: one JSON object a line, in the order of the steps."""
-
-    def __init__(self, path: Path, keep_until: int) -> None:
-        """Open for appending; lines after step ``keep_until`` belong to work that was lost, and go."""
-        self.path = path
-        kept = []
-        if path.exists():
-            for line in path.read_text(errors="replace").splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the process was killed in the middle of this line
-                if entry["step"] <= keep_until:
-                    kept.append(line)
-        text = "".join(line + "\n" for line in kept)
-        write_text_atomically(path, text)
-
-    def append(self, entry: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            raise unwritable(self.path, error) from error

@@ -1,4 +1,4 @@
-"""How weights move: optimiser, learning rate over the steps, moving average."""
+"""How weights move: optimiser and learning rate over the steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,10 +17,19 @@ LearningRateFactor = Callable[[int], float]
 
 
 def create_optimizer(trainable: nn.Module, config: TrainingConfig) -> Optimizer:
-    """timm's optimiser of that name; no weight decay on norms, biases and what the model excepts itself."""
+    """timm's optimiser of that name; no weight decay on norms, biases and what the model excepts itself.
+
+    With ``layer_decay`` d < 1 layer j of n learns at the rate times :math:`d^{n-1-j}`; the model's ``group_matcher``
+    says what its layers are, from the stem to the head.
+    """
     fused = {"fused": True} if config.optimizer in _FUSED else {}
     return create_optimizer_v2(
-        trainable, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay, **fused
+        trainable,
+        opt=config.optimizer,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        layer_decay=config.layer_decay if config.layer_decay < 1.0 else None,
+        **fused,
     )
 
 
@@ -53,7 +61,8 @@ class LearningRate:
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak * self.factor(t) * group.get("lr_scale", 1.0)
 
-
-def moving_average(trainable: nn.Module, config: TrainingConfig) -> ModelEmaV3 | None:
-    """Exponential moving average of weights and buffers, None without."""
-    return ModelEmaV3(trainable, decay=config.ema_decay) if config.ema_decay else None
+    @property
+    def value(self) -> float:
+        """The rate that is set now, of parameters without a scale of their own."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)

@@ -25,6 +25,7 @@ from m2mkd_fast.modules.fit_stitches import fit_stitches
 from m2mkd_fast.modules.meta import hybrid
 from m2mkd_fast.modules.state import save_module
 from m2mkd_fast.nn.vision_moe import expert_load
+from m2mkd_fast.pipeline.checkpoint import Checkpoints
 from m2mkd_fast.pipeline.config import TrainingConfig
 from m2mkd_fast.pipeline.files import exclusive, write_json
 from m2mkd_fast.pipeline.learned_graph import save_learned_graph
@@ -50,7 +51,7 @@ def run_step(bench: Workbench, step: Step, progress: Progress) -> dict[str, Any]
         result["wall_seconds"] = time.perf_counter() - started
         result["made_from"] = made_from
         write_json(folder / "result.json", result)
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        Checkpoints(folder / "checkpoints").clear()
         if result["steps"]:
             progress.finish(step.name, _headline(result))
         else:  # nothing was trained, so no bar was started

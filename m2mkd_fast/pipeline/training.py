@@ -5,27 +5,32 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from m2mkd_fast.data.image_dataset import Split
 from m2mkd_fast.data.seeds import derive_seed
-from m2mkd_fast.distill.pair_loss import PairLoss
 from m2mkd_fast.distill.tasks import Task
-from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.ops.flops import flop_counter
+from m2mkd_fast.pipeline.activation_checkpointing import activation_checkpointing
 from m2mkd_fast.pipeline.batch_source import AugmentedBatches, BatchSource
-from m2mkd_fast.pipeline.checkpoint import Progress, load_checkpoint, save_checkpoint
+from m2mkd_fast.pipeline.checkpoint import Checkpoints
 from m2mkd_fast.pipeline.config import DataConfig, TrainingConfig
 from m2mkd_fast.pipeline.execution import Execution
-from m2mkd_fast.pipeline.files import MetricsFile
-from m2mkd_fast.pipeline.optimization import LearningRate, LearningRateFactor, create_optimizer, moving_average
-from m2mkd_fast.pipeline.progress import Progress as ProgressReport
-from m2mkd_fast.pipeline.training_progress import FitResult
+from m2mkd_fast.pipeline.loss_window import LossWindow
+from m2mkd_fast.pipeline.metrics import Meter, MetricsFile, Tracker, model_facts
+from m2mkd_fast.pipeline.non_finite import BAD_BATCH, not_finite, save_batch
+from m2mkd_fast.pipeline.optimization import LearningRate, LearningRateFactor, create_optimizer
+from m2mkd_fast.pipeline.optimizer_step import OptimizerStep, Outcome
+from m2mkd_fast.pipeline.progress import Progress
+from m2mkd_fast.pipeline.stopping import Stopped, stop_requested
+from m2mkd_fast.pipeline.training_progress import FitResult, TrainingProgress
+from m2mkd_fast.pipeline.training_state import TrainingState
 
 LOG_EVERY = 10
 
@@ -43,17 +48,20 @@ def fit(
     execution: Execution | None = None,
     folder: Path | None = None,
     evaluate: Evaluate | None = None,
-    progress: ProgressReport | None = None,
+    progress: Progress | None = None,
     name: str = "training",
     source: BatchSource | None = None,
     until: int | None = None,
     learning_rate: LearningRateFactor | None = None,
     guard: Guard = lambda: None,
+    tracker: Tracker | None = None,
 ) -> FitResult:
     """Train ``task.trainable`` in place for ``config.steps`` updates.
 
     Step t draws its batch, augmentation, mixing and dropout from (seed, t) alone. A run that was killed and is started
     again with the same ``folder`` goes on from its last checkpoint and ends with the same bits as an undisturbed one.
+
+    A step whose loss or gradient is not finite is left out; see :class:`OptimizerStep`.
 
     Args:
         task: what is trained, and its loss.
@@ -61,8 +69,8 @@ def fit(
         config: the phase's settings.
         seed: of everything random in this phase.
         data: augmentation and workers; none by default.
-        execution: device and precision.
-        folder: where checkpoints and ``metrics.jsonl`` go; None keeps nothing.
+        execution: device, precision and processes.
+        folder: where checkpoints and metrics go; None keeps nothing.
         evaluate: called on the (averaged) model every ``config.evaluate_every`` steps and at the end.
         progress: told every few steps how far it is, for a progress display.
         name: what the display calls this phase.
@@ -70,16 +78,21 @@ def fit(
         until: stop after so many of the steps, with a checkpoint from which a later call goes on; None for all.
         learning_rate: factor on ``config.learning_rate`` at step t; None for a cosine after a linear warm-up.
         guard: called before anything is written; raises where this process may no longer write into ``folder``.
+        tracker: told every entry that the metrics get.
 
     Raises:
-        M2MKDError: the loss is not finite, the disk is full, or the checkpoint in ``folder`` is damaged or foreign.
+        M2MKDError: more than ``config.max_skipped`` steps were left out (then ``bad_batch.safetensors`` in ``folder``
+            is the last one's batch), the disk is full, or the checkpoint in ``folder`` is of another model.
+        Stopped: this process was asked to stop; a checkpoint was written before.
     """
     execution = execution or Execution()
     if source is None:
         data = data or DataConfig(augmentation="none")
-        source = AugmentedBatches(split, config, seed, data, execution.accelerator.device)
-    run = _Run(task, source, config, seed, execution, folder, learning_rate, guard)
-    return run.train(evaluate, progress, name, config.steps if until is None else min(until, config.steps))
+        source = AugmentedBatches(split, config, seed, data, execution.accelerator.device, execution.shard)
+    display = progress if execution.is_main else None
+    run = _Run(task, source, config, seed, execution, folder, learning_rate, guard, tracker, display, name)
+    with activation_checkpointing(run.task.trainable) if config.checkpoint_activations else nullcontext():
+        return run.train(evaluate, config.steps if until is None else min(until, config.steps))
 
 
 class _Run:
@@ -93,146 +106,163 @@ class _Run:
         folder: Path | None,
         learning_rate: LearningRateFactor | None,
         guard: Guard,
+        tracker: Tracker | None,
+        display: Progress | None,
+        name: str,
     ) -> None:
-        self.source, self.config, self.seed, self.folder, self.guard = source, config, seed, folder, guard
-        self.execution, self.accelerator = execution, execution.accelerator
-        optimizer = create_optimizer(task.trainable, config)
+        self.source, self.config, self.seed, self.execution = source, config, seed, execution
+        self.folder, self.guard, self.display, self.name = folder, guard, display, name
+        self.task = execution.prepare(task)
+        if config.compile:
+            self.task.compile()
+        optimizer = create_optimizer(self.task.trainable, config)
+        self.task.group_by_mesh(optimizer)
         self.learning_rate = LearningRate(optimizer, config, learning_rate)
-        self.task, self.optimizer = self.accelerator.prepare(task, optimizer)
-        self.average = moving_average(task.trainable, config)
-        self.progress = Progress()
+        self.average = self.task.moving_average(config.ema_decay) if config.ema_decay else None
+        self.scaler = torch.amp.GradScaler(execution.accelerator.device.type) if execution.precision == "fp16" else None
+        self.step = OptimizerStep(self.task, optimizer, self.average, self.scaler, config, execution)
+        self.progress, self.window = TrainingProgress(), LossWindow(execution)
+        self.metrics: MetricsFile | None = None
         if folder is not None:
-            self.progress = load_checkpoint(folder, task.trainable, optimizer, self.average)
-            guard()
-            self.metrics = MetricsFile(folder / "metrics.jsonl", keep_until=self.progress.step)
-        self.losses: list[tuple[int, Tensor, dict[str, Tensor]]] = []
+            self.state = TrainingState(self.task.trainable, optimizer, self.average, self.scaler, execution)
+            say = display.message if display is not None else None
+            self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, say)
+            facts = self.state.load(self.checkpoints)
+            if facts is not None:
+                self.progress = TrainingProgress(**facts["progress"])
+                self.window = LossWindow(execution, facts["window"])
+            if execution.is_main:
+                guard()
+                self.metrics = MetricsFile(folder / "metrics.jsonl", keep_until=self.progress.step, tracker=tracker)
+        done = self.progress
+        self.meter = Meter(execution.accelerator.device, execution.autocast(), done.images, done.seconds, done.flops)
 
-    @property
-    def trainable(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.task).trainable
-
-    def train(self, evaluate: Evaluate | None, display: ProgressReport | None, name: str, stop: int) -> FitResult:
+    def train(self, evaluate: Evaluate | None, stop: int) -> FitResult:
         config, progress = self.config, self.progress
-        if display is not None:
-            display.start(name, config.steps, progress.step)
+        if self.display is not None:
+            self.display.start(self.name, config.steps, progress.step)
         if progress.step == 0 and evaluate is not None:
             self._evaluate(evaluate)
+        self.task.train()
         first = progress.step
-        for t, (inputs, labels) in zip(range(first, stop), self.source.batches(first, max(first, stop)), strict=False):
+        batches = self.source.batches(first, max(first, stop))
+        for t, (inputs, labels) in zip(range(first, stop), batches, strict=False):
             started = time.perf_counter()
-            shares = (t + 1) % config.evaluate_every == 0
-            self._step(t, self._to_device(inputs), self._to_device(labels), shares)
+            outcome = self._step(t, inputs, labels)
+            self.window.add(t, outcome)
             progress.step = t + 1
-            progress.images += len(labels)
+            progress.images += len(labels) * self.execution.world
             progress.flops += progress.flops_per_step
             progress.seconds += time.perf_counter() - started
             ends = progress.step == stop
             evaluates = evaluate is not None and (ends or progress.step % config.evaluate_every == 0)
             saves = self.folder is not None and (ends or progress.step % config.checkpoint_every == 0)
-            if evaluates or saves or ends or progress.step % LOG_EVERY == 0:
-                self._log(display, name)  # first, since it stops the run before a loss that is not finite does harm
+            logs = ends or evaluates or saves or progress.step % LOG_EVERY == 0
+            stops = not ends and self._stops(logs)
+            if logs:
+                self._log()  # first, since it stops the run before a loss that is not finite does harm
             if evaluates:
                 self._evaluate(evaluate)
-            if saves:
-                self.guard()
-                save_checkpoint(self.folder, progress, self.trainable, self.optimizer.optimizer, self.average)
+            if saves or (stops and self.folder is not None):
+                self._save()
+            if stops:
+                raise Stopped(f"{self.name} was stopped at step {progress.step} of {stop}")
         if self.average is not None:
-            self.trainable.load_state_dict(self.average.module.state_dict())
+            self.task.trainable.load_state_dict(self.average.module.state_dict())
+        self.task.finish()
         return FitResult(
             progress.step,
             progress.images,
             progress.seconds,
             progress.flops,
-            terms=progress.terms,
-            gradient_share=progress.gradient_share,
+            progress.skipped,
+            progress.terms,
+            progress.gradient_share,
         )
 
-    def _to_device(self, given: Any) -> Any:
-        if isinstance(given, Tensor):
-            return given.to(self.accelerator.device)
-        return tuple(tensor.to(self.accelerator.device) for tensor in given)
-
-    def _step(self, t: int, inputs: Any, labels: Tensor, shares: bool) -> None:
-        step_seed = derive_seed(self.seed, "step", t)
+    def _step(self, t: int, inputs: Any, labels: Tensor) -> Outcome:
+        rank = self.execution.rank
+        step_seed = derive_seed(self.seed, "step", t, *(("rank", rank) if rank else ()))
         torch.manual_seed(step_seed)
         np.random.seed(step_seed)
         random.seed(step_seed)
         self.learning_rate.set(t)
-        self.task.train()
-        if self.progress.flops_per_step:
-            loss = self._backward(inputs, labels, shares)
-        else:
-            with FlopCounterMode(display=False) as counter:
-                loss = self._backward(inputs, labels, False)
+        device = self.execution.accelerator.device
+        inputs = inputs.to(device) if isinstance(inputs, Tensor) else tuple(part.to(device) for part in inputs)
+        counts = self.progress.flops_per_step is None
+        shares = (t + 1) % self.config.evaluate_every == 0 and not counts
+        # Neither a counter of operations nor two backward passes of one graph go through compiled code.
+        eager = self.config.compile and (counts or shares)
+        with (
+            torch.compiler.set_stance("force_eager") if eager else nullcontext(),
+            flop_counter() if counts else nullcontext() as counter,
+        ):
+            outcome = self.step(t, inputs, labels.to(device), shares=shares)
+        if counts:
             self.progress.flops_per_step = float(counter.get_total_flops())
-        if self.config.clip_grad:
-            self.accelerator.clip_grad_norm_(self.trainable.parameters(), self.config.clip_grad)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.trainable, step=t)
-        self.losses.append((t, loss.total.detach(), {name: term.detach() for name, term in loss.terms.items()}))
+        if outcome.gradient_share:
+            self.progress.gradient_share = outcome.gradient_share
+        return outcome
 
-    def _backward(self, inputs: Any, labels: Tensor, shares: bool) -> PairLoss:
-        self.optimizer.zero_grad()
-        with self.execution.autocast():
-            loss = self.task(inputs, labels)
-        if shares and len(loss.terms) > 1:
-            self.progress.gradient_share = _gradient_share(loss, list(self.trainable.parameters()))
-        self.accelerator.backward(loss.total)
-        return loss
+    def _stops(self, logs: bool) -> bool:
+        """Whether the process was asked to stop; several processes agree where they wait for one another anyway."""
+        if self.execution.world > 1:
+            return logs and self.execution.agreed(stop_requested())
+        return stop_requested()
 
-    def _log(self, display: ProgressReport | None, name: str) -> None:
-        """Look at the losses since the last look (the only time the host waits for the device) and write them down."""
-        totals = torch.stack([total for _, total, _ in self.losses]).double().cpu()
-        if not totals.isfinite().all():
-            first = self.losses[int((~totals.isfinite()).nonzero()[0])]
-            terms = {name: float(term) for name, term in first[2].items()}
-            kept = "its last checkpoint is kept" if self.folder is not None else "nothing was written"
-            raise M2MKDError(
-                f"the loss at step {first[0]} is not finite (terms: {terms}); {kept}. Lower the learning rate (now "
-                f"{self.config.learning_rate:g}), clip gradients more tightly (clip_grad, now "
-                f"{self.config.clip_grad:g}), or use precision=float32"
-            )
+    def _save(self) -> None:
+        self._read_losses()
+        self.guard()
+        facts = {"progress": vars(self.progress), "window": self.window.as_json()}
+        self.state.save(self.checkpoints, self.progress.step, facts)
+
+    def _read_losses(self) -> None:
+        """The only time the host waits for the device."""
+        started = time.perf_counter()
+        new = self.window.read()
+        self.progress.seconds += time.perf_counter() - started
+        for step in new:
+            self.progress.skipped += step.counts
+            if self.progress.skipped > self.config.max_skipped:
+                if self.metrics is not None:
+                    self.guard()
+                    save_batch(self.folder / BAD_BATCH, self.source, step.step, self.seed)
+                raise not_finite(step, self.config, self.folder)
+
+    def _log(self) -> None:
+        """Look at the losses since the last look and write them down."""
+        self._read_losses()
         progress = self.progress
-        parts = self.losses[-1][2]
-        progress.terms = {
-            part: torch.stack([terms[part] for _, _, terms in self.losses]).double().mean().item() for part in parts
-        }
-        self.losses.clear()
-        entry = {
-            "step": progress.step,
-            "loss": totals.mean().item(),
-            "terms": progress.terms,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        loss, terms = self.window.take()
+        entry: dict[str, Any] = {"step": progress.step}
+        if loss is not None:
+            progress.terms = terms
+            entry |= {"loss": loss, "terms": terms}
+        entry |= {
+            "learning_rate": self.learning_rate.value,
             "images_per_second": progress.images / max(progress.seconds, 1e-9),
             "seconds": progress.seconds,
             "flops": progress.flops,
         }
         if progress.gradient_share:
             entry["gradient_share"] = progress.gradient_share
-        if self.folder is not None:
+        if progress.skipped:
+            entry["skipped"] = progress.skipped
+        if self.scaler is not None:
+            entry["loss_scale"] = self.scaler.get_scale()
+        entry |= self.meter.read(progress.images, progress.seconds, progress.flops)
+        if self.metrics is not None:
             self.guard()
             self.metrics.append(entry)
-        if display is not None:
-            display.update(name, progress.step, entry["loss"], entry["terms"], entry["images_per_second"])
+        if self.display is not None:
+            self.display.update(self.name, progress.step, loss, terms, entry["images_per_second"])
 
     def _evaluate(self, evaluate: Evaluate) -> None:
-        model = self.trainable if self.average is None or self.progress.step == 0 else self.average.module
-        values = evaluate(model)
-        if self.folder is not None and values:
+        progress = self.progress
+        averaged = self.average is not None and progress.step > 0
+        with self.task.whole(self.average.module if averaged else self.task.trainable) as model:
+            values = evaluate(model) | model_facts(model)
+        self.task.train()
+        if self.metrics is not None and values:
             self.guard()
-            cost = {"seconds": self.progress.seconds, "flops": self.progress.flops}
-            self.metrics.append({"step": self.progress.step, **values, **cost})
-
-
-def _gradient_share(loss: PairLoss, parameters: list[nn.Parameter]) -> dict[str, float]:
-    """Norm of each term's own gradient over the sum of these norms: who pulls how hard, whatever the values are."""
-    norms = {}
-    for name, term in loss.terms.items():
-        if not term.requires_grad:
-            norms[name] = 0.0
-            continue
-        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        norms[name] = float(torch.stack([g.double().square().sum() for g in gradients if g is not None]).sum().sqrt())
-    whole = sum(norms.values())
-    return {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
+            self.metrics.append({"step": progress.step, **values, "seconds": progress.seconds, "flops": progress.flops})

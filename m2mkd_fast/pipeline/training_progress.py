@@ -13,7 +13,7 @@ class TrainingProgress:
     images: int = 0
     seconds: float = 0.0
     flops: float = 0.0
-    flops_per_step: float = 0.0
+    flops_per_step: float | None = None  # counted in the first step
     skipped: int = 0
     terms: dict[str, float] = field(default_factory=dict)
     gradient_share: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,91 @@
+"""Activation checkpointing: blocks keep what goes in, and the backward pass computes their inside again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.models.graph_stage import GraphStage
+from m2mkd_fast.models.nac import NACMediator, NACReadIn, NACReadOut, NeuralAttentiveCircuit
+from m2mkd_fast.nn.vision_moe import VisionMoE
+
+
+@contextmanager
+def activation_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Inside the block, training passes of ``model`` keep the inputs of its blocks and what lies between them.
+
+    Loss and gradients are the same to the last bit, random numbers included; the forward pass of the blocks is computed
+    twice. Blocks are those of Vision Transformers (V-MoE and stages too), the layers of a circuit, whole modules of a
+    circuit, whole stages of other models, and what timm's ``set_grad_checkpointing`` takes in a model that is whole.
+
+    Raises:
+        M2MKDError: the model, or a module of the chain, is of a kind that has none of these.
+    """
+    blocks: list[nn.Module] = []
+    of_timm: list[nn.Module] = []
+    _collect(model, blocks, of_timm)
+    if not blocks and not of_timm:
+        raise M2MKDError(
+            f"checkpoint_activations=true, but a {type(model).__qualname__} has no blocks that are known to it: Vision "
+            "Transformers, V-MoE, circuits, chains of stages, and timm's models with set_grad_checkpointing have; set "
+            "checkpoint_activations=false"
+        )
+    for block in blocks:
+        # An attribute of the instance: names of tensors, hooks and class stay as they are.
+        block.forward = functools.partial(_checkpointed, block, block.forward)
+    for module in of_timm:
+        module.set_grad_checkpointing(True)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+        for module in of_timm:
+            module.set_grad_checkpointing(False)
+
+
+def _collect(module: nn.Module, blocks: list[nn.Module], of_timm: list[nn.Module]) -> None:
+    if isinstance(module, VisionTransformer):
+        blocks.extend(module.blocks)
+    elif isinstance(module, NeuralAttentiveCircuit):
+        graph = module.graph
+        blocks.extend(dict.fromkeys([module.input_tokenizer, graph.read_in, *graph.propagators, graph.read_out]))
+    elif isinstance(module, GraphStage | NACReadIn | NACMediator | NACReadOut):
+        blocks.append(module)
+    elif hasattr(module, "set_grad_checkpointing"):
+        of_timm.append(module)
+    else:
+        for child in module.children():
+            _collect(child, blocks, of_timm)
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    again = functools.partial(_first_pass_kept, block)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=again, **options)
+
+
+def _first_pass_kept(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of the first pass and of its repetition."""
+    return nullcontext(), _mixtures_kept(block)
+
+
+@contextmanager
+def _mixtures_kept(block: nn.Module) -> Iterator[None]:
+    """What mixtures show of the batch stays that of the first pass: the repetition's would keep its graph in memory."""
+    layers = [module for module in block.modules() if isinstance(module, VisionMoE)]
+    before = [(layer.losses, layer.auxiliary_loss, layer.rows_per_expert) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, shown in zip(layers, before, strict=True):
+            layer.losses, layer.auxiliary_loss, layer.rows_per_expert = shown
