@@ -86,6 +86,20 @@ class StudentConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """How the pairs of an arm share their slots * ``pair.train.steps`` steps; see :mod:`m2mkd_fast.pipeline.budget`.
+
+    All keys but ``kind`` belong to the bandit.
+    """
+
+    kind: str = "equal"  # "equal": as many steps a pair; "bandit": rounds in which more goes where the loss falls
+    rounds: int = 8  # times the bandit looks at the losses
+    slice_steps: int = 25  # steps that one draw of the bandit gives to a pair
+    discount: float = 0.5  # weight of a reward one round later: 1 forgets nothing, 0 knows the last round alone
+    anneal: float = 0.25  # share of all steps at the end, over which the learning rate falls to zero
+
+
+@dataclass
 class PairConfig:
     alpha: float = 0.5
     tau: float = 1.0
@@ -93,6 +107,7 @@ class PairConfig:
     kd_reduction: str = "batchmean"
     feature_weight: float = 3.0
     prefix: str = "teacher"  # whose earlier modules make the pair's input: "teacher" or "meta"
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     train: TrainingConfig = field(default_factory=TrainingConfig)
 
 
@@ -162,6 +177,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "pair.kind": ("soft", "hard"),
     "pair.kd_reduction": ("batchmean", "reference"),
     "pair.prefix": ("teacher", "meta"),
+    "pair.budget.kind": ("equal", "bandit"),
     "parallel.strategy": ("ddp", "fsdp"),
     "precision": ("auto", "float32", "bf16", "fp16"),
 }
@@ -235,6 +251,7 @@ def check_values(config: RunConfig) -> None:
         raise M2MKDError(f"pair.tau must be positive, got {config.pair.tau}")
     if config.pair.feature_weight < 0:
         raise M2MKDError(f"pair.feature_weight must not be negative, got {config.pair.feature_weight}")
+    _check_budget(config.pair.budget)
     if config.meta.source == "labels" and config.teacher.weights:
         raise M2MKDError(
             "meta.source=labels trains a new teacher inside the meta model, but teacher.weights names a finished one; "
@@ -246,6 +263,15 @@ def check_values(config: RunConfig) -> None:
         raise M2MKDError(f"student.tokens must be 'teacher' or a positive count, got {config.student.tokens!r}")
     if config.student.stitch_batches < 1:
         raise M2MKDError(f"student.stitch_batches must be at least 1, got {config.student.stitch_batches}")
+
+
+def _check_budget(budget: BudgetConfig) -> None:
+    for key in ("rounds", "slice_steps"):
+        if getattr(budget, key) < 1:
+            raise M2MKDError(f"pair.budget.{key} must be at least 1, got {getattr(budget, key)}")
+    for key in ("discount", "anneal"):
+        if not 0.0 <= getattr(budget, key) <= 1.0:
+            raise M2MKDError(f"pair.budget.{key} must be between 0 and 1, got {getattr(budget, key)}")
 
 
 def _check_training(name: str, training: TrainingConfig) -> None:

@@ -29,7 +29,7 @@ from m2mkd_fast.pipeline.checkpoint import Checkpoints
 from m2mkd_fast.pipeline.config import TrainingConfig
 from m2mkd_fast.pipeline.files import exclusive, write_json
 from m2mkd_fast.pipeline.learned_graph import save_learned_graph
-from m2mkd_fast.pipeline.plan import Step
+from m2mkd_fast.pipeline.plan import Step, baseline_training
 from m2mkd_fast.pipeline.progress import Progress
 from m2mkd_fast.pipeline.training import Evaluate, FitResult, fit
 from m2mkd_fast.pipeline.workbench import Workbench
@@ -219,14 +219,6 @@ def _end_to_end(work: _Work) -> dict[str, Any]:
     metrics = bench.accuracies(model) | cold
     density = save_learned_graph(bench.step_folder(work.step.name), model)
     return work.finish(model, fitted, metrics, expert_load=expert_load(model), graph_density=density)
-
-
-def baseline_training(config: Any, slots: int) -> TrainingConfig:
-    """Training of the arms without modules; as many steps as the modular arm takes in all, if that is asked for."""
-    training = TrainingConfig(**asdict(config.baseline.train))
-    if config.baseline.match_steps:
-        training.steps = config.meta.train.steps + slots * config.pair.train.steps + config.e2e.steps
-    return training
 
 
 def _in_slot(bench: Workbench, meta: ModuleChain, slot: int, module: nn.Module) -> dict[str, float]:
