@@ -95,7 +95,7 @@ class BudgetConfig:
     kind: str = "equal"  # "equal": as many steps a pair; "bandit": rounds in which more goes where the loss falls
     rounds: int = 8  # times the bandit looks at the losses
     slice_steps: int = 25  # steps that one draw of the bandit gives to a pair
-    discount: float = 0.5  # weight of a reward one round later: 1 forgets nothing, 0 knows the last round alone
+    discount: float = 0.2  # weight of a reward one round later: 1 forgets nothing, 0 knows the last round alone
     anneal: float = 0.25  # share of all steps at the end, over which the learning rate falls to zero
 
 
