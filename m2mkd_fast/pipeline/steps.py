@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from m2mkd_fast.data import train_batches
 from m2mkd_fast.distill.tasks import (
@@ -25,12 +25,16 @@ from m2mkd_fast.modules.fit_stitches import fit_stitches
 from m2mkd_fast.modules.meta import hybrid
 from m2mkd_fast.modules.state import save_module
 from m2mkd_fast.nn.vision_moe import expert_load
+from m2mkd_fast.ops.flops import flop_counter
+from m2mkd_fast.pipeline.batch_source import AugmentedBatches, BatchSource
 from m2mkd_fast.pipeline.checkpoint import Checkpoints
 from m2mkd_fast.pipeline.config import TrainingConfig
 from m2mkd_fast.pipeline.files import exclusive, write_json
 from m2mkd_fast.pipeline.learned_graph import save_learned_graph
+from m2mkd_fast.pipeline.optimization import LearningRateFactor
 from m2mkd_fast.pipeline.plan import Step, baseline_training
 from m2mkd_fast.pipeline.progress import Progress
+from m2mkd_fast.pipeline.rounds import TeachingPair, finish_rounds, train_round
 from m2mkd_fast.pipeline.training import Evaluate, FitResult, fit
 from m2mkd_fast.pipeline.workbench import Workbench
 
@@ -51,7 +55,8 @@ def run_step(bench: Workbench, step: Step, progress: Progress) -> dict[str, Any]
         result["wall_seconds"] = time.perf_counter() - started
         result["made_from"] = made_from
         write_json(folder / "result.json", result)
-        Checkpoints(folder / "checkpoints").clear()
+        if step.phase != "round":  # its state is where the pair's next step begins
+            Checkpoints(folder / "checkpoints").clear()
         if result["steps"]:
             progress.finish(step.name, _headline(result))
         else:  # nothing was trained, so no bar was started
@@ -66,18 +71,33 @@ class _Work:
         self.bench, self.step, self.progress = bench, step, progress
         self.config = bench.config
 
-    def fit(self, task: Task, training: TrainingConfig, evaluate: Evaluate | None) -> FitResult:
+    @property
+    def seed(self) -> int:
+        """Of everything random in the step's training; the steps of a pair under a bandit's budget share one."""
+        phase = "m2mKD" if self.step.phase == "round" else self.step.phase
+        return self.bench.seed(phase, -1 if self.step.slot is None else self.step.slot)
+
+    def fit(
+        self,
+        task: Task,
+        training: TrainingConfig,
+        evaluate: Evaluate | None,
+        source: BatchSource | None = None,
+        learning_rate: LearningRateFactor | None = None,
+    ) -> FitResult:
         return fit(
             task,
             self.bench.train_split,
             training,
-            seed=self.bench.seed(self.step.phase, -1 if self.step.slot is None else self.step.slot),
+            seed=self.seed,
             data=self.config.data,
             execution=self.bench.execution,
             folder=self.bench.step_folder(self.step.name),
             evaluate=evaluate,
             progress=self.progress,
             name=self.step.name,
+            source=source,
+            learning_rate=learning_rate,
         )
 
     def finish(self, model: nn.Module, fitted: FitResult, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -157,22 +177,36 @@ def check_hybrids(result: dict[str, Any], max_drop: float) -> None:
         )
 
 
-def _pair(work: _Work) -> dict[str, Any]:
+def _make_pair(work: _Work, fresh: bool = True) -> TeachingPair:
+    """Build a pair. One that is not `fresh` gets its weights from a checkpoint, so no stitches are fitted for it."""
     bench, pair, slot = work.bench, work.config.pair, work.step.slot
     teacher, meta = bench.trained_teacher(), bench.trained_meta()
     prefix = teacher if pair.prefix == "teacher" else meta
     students = bench.student_modules()
     student, stitch_fit, flops = students[slot], {}, 0.0
     # The arm `task` learns from labels alone, so nothing of the teacher's may be in where it starts.
-    if work.config.student.stitch_init == "least_squares" and work.step.arm != "task":
-        with FlopCounterMode(display=False) as counter:
+    if fresh and work.config.student.stitch_init == "least_squares" and work.step.arm != "task":
+        with flop_counter() as counter:
             stitch_fit = _fit_stitches(bench, students, slot, teacher, prefix)
         flops = float(counter.get_total_flops())
     settings = bench.settings(work.step.arm, pair.train.label_smoothing)
     task = PairTask(student, slot, teacher, meta, prefix, settings)
-    fitted = work.fit(task, pair.train, lambda module: _in_slot(bench, meta, slot, module))
-    fitted = replace(fitted, flops=fitted.flops + flops)
-    return work.finish(student, fitted, _in_slot(bench, meta, slot, student), stitch_fit=stitch_fit)
+    device = bench.execution.accelerator.device
+    source = AugmentedBatches(bench.train_split, pair.train, work.seed, work.config.data, device)
+    return TeachingPair(student, task, source, lambda module: _in_slot(bench, meta, slot, module), stitch_fit, flops)
+
+
+def _pair(work: _Work) -> dict[str, Any]:
+    if work.config.pair.budget.kind == "bandit":
+        return finish_rounds(work, partial(_make_pair, work))
+    pair = _make_pair(work)
+    fitted = work.fit(pair.task, work.config.pair.train, pair.evaluate, source=pair.source)
+    fitted = replace(fitted, flops=fitted.flops + pair.flops)
+    return work.finish(pair.student, fitted, pair.evaluate(pair.student), stitch_fit=pair.stitch_fit)
+
+
+def _round(work: _Work) -> dict[str, Any]:
+    return train_round(work, partial(_make_pair, work))
 
 
 def _fit_stitches(
@@ -227,6 +261,9 @@ def _in_slot(bench: Workbench, meta: ModuleChain, slot: int, module: nn.Module) 
 
 
 def _headline(result: dict[str, Any]) -> str:
+    if result["phase"] == "round":
+        part = result["slice"]
+        return f"{part['steps']} steps, loss {part['loss_before']:.4g} to {part['loss_after']:.4g}"
     shown = []
     for name, value in result["metrics"].items():
         values = value if isinstance(value, list) else [value]
@@ -240,6 +277,7 @@ _PHASES: dict[str, Callable[[_Work], dict[str, Any]]] = {
     "MT": _incubate,
     "FT": _finetune_teacher,
     "hybrids": _hybrids,
+    "round": _round,
     "m2mKD": _pair,
     "E2E": _end_to_end,
 }

@@ -37,9 +37,7 @@ def spend(curves: Sequence[Curve], *, rounds: int = 8, steps: int = 200, discoun
     for _ in range(rounds):
         shares = allocate(history, slots=len(curves), steps=steps, slice_steps=10, discount=discount, seed=seed)
         given.append(shares)
-        history.append(
-            [Slice(n, curve(at), curve(at + n)) for n, at, curve in zip(shares, done, curves, strict=True)]
-        )
+        history.append([Slice(n, curve(at), curve(at + n)) for n, at, curve in zip(shares, done, curves, strict=True)])
         done = [at + n for at, n in zip(done, shares, strict=True)]
     return given
 
@@ -79,9 +77,7 @@ def test_a_pair_that_was_forgotten_is_tried_again():
 def test_discount_of_one_forgets_nothing_and_of_zero_knows_the_last_round_alone():
     first = [Slice(10, 3.0, 2.0), Slice(10, 3.0, 2.9)]
     second = [Slice(10, 2.0, 2.0), Slice(20, 2.9, 2.5)]
-    assert posterior([first, second], slice_steps=10, discount=0.0) == posterior(
-        [second], slice_steps=10, discount=0.5
-    )
+    assert posterior([first, second], slice_steps=10, discount=0.0) == posterior([second], slice_steps=10, discount=0.5)
     # By hand: falls 1.0 and 0.5 over 2 and 3 slices, 1.5 over 5 in all.
     mean, deviation = zip(*posterior([first, second], slice_steps=10, discount=1.0), strict=True)
     assert mean == pytest.approx([(0.3 + 1.0) / 3, (0.3 + 0.5) / 4])
