@@ -5,7 +5,8 @@ charged to it in full, also where two arms share it: the meta model (PT) to both
 teacher modules made by module incubation (MT, FT) to `m2mkd`, the only arm that cannot do without them.
 
 An arm that trains modules starts its end-to-end curve at that cost. *In parallel* counts the longest pair (and the
-longest of the MT steps) in place of their sum: the critical path with one machine per pair.
+longest of the MT steps) in place of their sum: the critical path with one machine per pair. Under a bandit's budget, in
+which all pairs wait for the longest in each round, it counts the longest of every round and of what follows them.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _cost_of_arm(run: Run, arm: str) -> dict[str, Any] | None:
     }
     preparation = {q: sum(phases[phase][q] for phase in PHASES if phase != "E2E") for q in QUANTITIES}
     in_parallel = {
-        q: phases["PT"][q] + phases["FT"][q] + sum(_longest(by_phase[phase], q) for phase in ("MT", "m2mKD"))
+        q: phases["PT"][q] + phases["FT"][q] + _longest(by_phase["MT"], q) + _longest_pairs(run, arm, q)
         for q in QUANTITIES
     }
     curve = []
@@ -108,6 +109,15 @@ def _cost_of_arm(run: Run, arm: str) -> dict[str, Any] | None:
 
 def _longest(steps: list[Step], quantity: str) -> float:
     return max((step.spent(quantity) for step in steps), default=0.0)
+
+
+def _longest_pairs(run: Run, arm: str, quantity: str) -> float:
+    """The longest pair, or where the pairs took rounds, the longest of each round and of the rest."""
+    rounds = run.rounds(arm)
+    rest = {step.slot: step.spent(quantity) for step in run.pairs(arm)}  # of a whole pair, its rounds included
+    for step in (step for steps in rounds for step in steps if step.slot in rest):
+        rest[step.slot] -= step.spent(quantity)
+    return sum(_longest(steps, quantity) for steps in rounds) + max(rest.values(), default=0.0)
 
 
 def _complete(run: Run, arm: str, by_phase: dict[str, list[Step]]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from m2mkd_fast.report.budget import budget_table
 from m2mkd_fast.report.costs import ARMS, MODULE_ARMS
 from m2mkd_fast.report.run_folder import flatten, number
 from m2mkd_fast.report.units import (
@@ -85,6 +86,10 @@ def write_markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
         if name in pictures:
             sections += [title] if title else []
             sections.append(_picture(name, pictures))
+    budget, *table = budget_table(results)
+    if budget:
+        sections += ["## Budget", budget, _table(*_without_single(*table))]
+        sections += [_picture("budget.png", pictures)] if "budget.png" in pictures else []
     density = _graph_section(results)
     if density or "learned_graph.png" in pictures:
         sections.append("## Learned graph")

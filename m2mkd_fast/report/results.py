@@ -189,6 +189,8 @@ def _pair(step: Step) -> dict[str, Any]:
         "terms": _tail_means(step, "terms"),
         "gradient_share": _tail_means(step, "gradient_share"),
         "stitch_fit": (step.result or {}).get("stitch_fit") or {},
+        # Under a bandit's budget: steps, and the loss before and after them, of every round and of the end.
+        "slices": ((step.result or {}).get("budget") or {}).get("slices") or [],
         "test_accuracy": step.metric("test_accuracy"),
     }
 

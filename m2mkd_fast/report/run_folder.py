@@ -23,6 +23,7 @@ _PHASE_OF_NAME = (
     (re.compile(r"mt(\d+)"), "MT"),
     (re.compile(r"ft"), "FT"),
     (re.compile(r"hybrids"), "hybrids"),
+    (re.compile(r"[^/]+/round\d+/pair(\d+)"), "round"),
     (re.compile(r"[^/]+/pair(\d+)"), "m2mKD"),
     (re.compile(r"[^/]+/e2e"), "E2E"),
 )
@@ -107,6 +108,14 @@ class Run:
         return sorted(
             (s for s in self.steps.values() if s.arm == arm and s.phase == "m2mKD"), key=lambda s: s.slot or 0
         )
+
+    def rounds(self, arm: str) -> list[list[Step]]:
+        """The steps of the arm's pairs in each round of a bandit's budget; empty under an equal one."""
+        rounds: dict[int, list[Step]] = {}
+        for step in self.of_phase("round"):
+            if step.arm == arm:
+                rounds.setdefault(int(step.name.split("/")[1].removeprefix("round")), []).append(step)
+        return [rounds[index] for index in sorted(rounds)]
 
     def of_phase(self, phase: str) -> list[Step]:
         return [step for step in self.steps.values() if step.phase == phase]

@@ -19,6 +19,7 @@ CAPTIONS = {
     "final_accuracy.png": "Final accuracy per arm",
     "cost_per_phase.png": "Training compute and time per arm and phase",
     "expert_load.png": "Load of every expert per layer, 1 being an equal share",
+    "budget.png": "Steps that a bandit gave to each pair, by round, and how the pairs' losses fell",
     "learned_graph.png": "Probability of a link between latents, receivers by senders, mediators ordered by cluster",
 }
 
@@ -64,6 +65,7 @@ def finite(value: Any) -> Any:
 
 
 def _write_plots(results: dict[str, Any], run: Any, target: Path) -> dict[str, str]:
+    from m2mkd_fast.report.plot_budget import plot_budget
     from m2mkd_fast.report.plot_graph import plot_learned_graph
     from m2mkd_fast.report.plot_losses import plot_pair_losses
     from m2mkd_fast.report.plot_race import plot_accuracy_against_cost
@@ -78,6 +80,7 @@ def _write_plots(results: dict[str, Any], run: Any, target: Path) -> dict[str, s
             "final_accuracy.png": plot_final_accuracy(results),
             "cost_per_phase.png": plot_cost_per_phase(results),
             "expert_load.png": plot_expert_load(results),
+            "budget.png": plot_budget(results),
             "learned_graph.png": plot_learned_graph(run),
         }
         for name, figure in figures.items():

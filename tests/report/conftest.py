@@ -82,6 +82,10 @@ class RunWriter:
         result = {"phase": "m2mKD", "arm": arm, "slot": slot, "steps": steps, **cost}
         if arm == "m2mkd":
             result["stitch_fit"] = {"pre": 0.9, "post": 0.7} if slot else {"post": 0.7}
+        shares, losses = (steps // 2, steps // 4, steps - steps // 2 - steps // 4), (2.5, 1.5, 1.25, 1.0 + 0.1 * slot)
+        keys = ("steps", "loss_before", "loss_after")
+        slices = [dict(zip(keys, part, strict=True)) for part in zip(shares, losses, losses[1:], strict=False)]
+        result |= {"budget": {"slices": slices}}
         result |= {"metrics": {"test_accuracy": 70.0 + slot}} if finished else {}
         return self.step(f"{arm}/pair{slot}", lines, **(result if finished else {}))
 

@@ -52,6 +52,24 @@ def test_teacher_modules_made_by_incubation_are_charged_to_m2mkd_alone(tmp_path:
     assert results["accuracy"]["runs"][0]["hybrids"][1]["difference"] == pytest.approx(81.0 - 92.5)
 
 
+def test_pairs_that_wait_for_each_other_in_rounds_have_a_longer_critical_path(tmp_path: Path, run_writer: type) -> None:
+    writer = run_writer(tmp_path / "run", slots=2).everything()
+    alone = results_of(writer.folder)["cost"]["runs"][0]["arms"]
+    # Of 12.0 and 13.2 s: 6 and 2 in one round, 1 and 7 in the next, so 5 and 4.2 are left; the longest add up to 18.
+    for index, round_seconds in enumerate([(6.0, 2.0), (1.0, 7.0)]):
+        for slot, seconds in enumerate(round_seconds):
+            name = f"m2mkd/round{index}/pair{slot}"
+            writer.step(name, [], phase="round", slot=slot, steps=5, seconds=seconds, flops=0.0, metrics={})
+    arms = results_of(writer.folder)["cost"]["runs"][0]["arms"]
+    assert arms["m2mkd"]["preparation_in_parallel"]["seconds"] == pytest.approx(30.0 + 18.0)
+    assert arms["task"] == alone["task"]
+    # A pair's result is of the whole pair: nothing is charged twice.
+    assert arms["m2mkd"]["total"] == alone["m2mkd"]["total"]
+    assert arms["m2mkd"]["training_steps"] == alone["m2mkd"]["training_steps"]
+    run = read_run(writer.folder)
+    assert [[step.slot for step in steps] for steps in run.rounds("m2mkd")] == [[0, 1], [0, 1]]
+
+
 def test_accuracies_and_pairs_are_those_written(complete_run: Path) -> None:
     run = read_run(complete_run)
     accuracy = results_of(complete_run)["accuracy"]

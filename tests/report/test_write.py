@@ -46,7 +46,7 @@ def test_every_file_is_written_and_the_run_folder_left_alone(report: Path, compl
 @pytest.mark.parametrize("name", sorted(CAPTIONS))
 def test_pictures_are_not_blank(report: Path, name: str) -> None:
     pixels = assert_picture(report / name)
-    if name != "pair_losses.png":
+    if name not in ("pair_losses.png", "budget.png"):
         assert has_colour(pixels, "#009E73"), "the distill arm's colour is missing"
     assert has_colour(pixels, "#D55E00"), "the m2mkd arm's colour is missing"
     assert has_colour(pixels, "#0072B2"), "the task arm's colour is missing"
@@ -75,6 +75,26 @@ def test_the_report_says_what_the_results_hold(report: Path) -> None:
         assert f"- {note}" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert all(line.count(" | ") >= 1 for line in rows)
+
+
+def test_the_report_says_what_a_bandit_gave_to_whom(tmp_path: Path, run_writer: type) -> None:
+    writer = run_writer(tmp_path / "run", slots=2)
+    for slot, steps in enumerate((60, 20)):
+        writer.pair("m2mkd", slot, steps=steps)
+    text = write_report(writer.folder).read_text()
+    assert "| m2mkd | 0 | 60 | 30 15 | 15 | 2.50 | 1.25 | 1.00 | 70.0 |" in text
+    assert "| m2mkd | 1 | 20 | 10 5 | 5 | 2.50 | 1.25 | 1.10 | 71.0 |" in text
+    assert (
+        "Of the 80 steps of m2mkd slot 0 got the most (1.50 times an equal share) and slot 1 the fewest (0.50 times)."
+        in text
+    )
+    assert_picture(writer.folder / "budget.png")
+    for path in writer.folder.glob("steps/m2mkd/*/result.json"):
+        result = json.loads(path.read_text())
+        del result["budget"]
+        path.write_text(json.dumps(result))
+    assert "## Budget" not in write_report(writer.folder).read_text()
+    assert not (writer.folder / "budget.png").exists()
 
 
 def test_the_report_lands_in_the_run_folder_by_default_and_can_be_written_again(
