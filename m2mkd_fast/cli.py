@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> None:
     from m2mkd_fast.pipeline.run import run
     from m2mkd_fast.report import write_report
 
-    folder = run(_config(options), jobs=options.jobs, command=options.line)
+    folder = run(_config(options), command=options.line, **_launching(options))
     report = write_report(folder)
     _print_summary(folder)
     print(f"report: {report}")
@@ -63,9 +63,9 @@ def _distill(options: argparse.Namespace) -> None:
     wanted = None if options.slot is None else set(options.slot)
     run(
         _config(options),
-        jobs=options.jobs,
         command=options.line,
         only=lambda step: step.arm == "m2mkd" and step.phase == "m2mKD" and (wanted is None or step.slot in wanted),
+        **_launching(options),
     )
 
 
@@ -76,8 +76,16 @@ def _train(options: argparse.Namespace) -> None:
     config = _config(options)
     if options.arm not in config.arms:
         raise UnknownNameError("arm", options.arm, config.arms if options.arm in ARMS else ARMS)
-    folder = run(config, jobs=options.jobs, only=lambda step: step.arm == options.arm, command=options.line)
+    folder = run(config, only=lambda step: step.arm == options.arm, command=options.line, **_launching(options))
     _print_summary(folder)
+
+
+def _step(options: argparse.Namespace) -> None:
+    from m2mkd_fast.pipeline.one_step import run_one_step
+    from m2mkd_fast.pipeline.progress import ProgressDisplay
+
+    with ProgressDisplay() as progress:
+        run_one_step(Path(options.run), options.name, options.overrides, progress)
 
 
 def _split(options: argparse.Namespace) -> None:
@@ -254,6 +262,18 @@ def _share(text: str) -> float | int:
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
+def _launching(options: argparse.Namespace) -> dict:
+    """Where the steps are done, as arguments of :func:`m2mkd_fast.pipeline.run.run`."""
+    from omegaconf import OmegaConf
+
+    for text in options.slurm:
+        if "=" not in text:
+            raise M2MKDError(f"--slurm {text!r} is no key=value; give for example --slurm partition=gpu time=60")
+    names = ("jobs", "launcher", "retries", "processes", "nodes")
+    slurm = OmegaConf.to_container(OmegaConf.from_dotlist(options.slurm))
+    return {name: getattr(options, name) for name in names} | {"slurm": slurm}
+
+
 def _config(options: argparse.Namespace):
     from m2mkd_fast.pipeline.config import load_config
 
@@ -282,8 +302,23 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help=text)
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="for example pair.train.steps=100 seed=1")
         if jobs:
-            sub.add_argument("--jobs", type=int, default=1, metavar="N", help="steps at a time (default 1)")
+            launching(sub)
         return sub
+
+    def launching(sub: argparse.ArgumentParser) -> None:
+        text = "steps at a time (default: one for each GPU, one without; with slurm all that are ready)"
+        sub.add_argument("--jobs", type=int, metavar="N", help=text)
+        text = "local: this machine's processes; torchrun: a process group for each step; slurm: a job for each step"
+        sub.add_argument("--launcher", default="local", metavar="NAME", help=text)
+        text = "how often a step whose process died is begun again (default 2)"
+        sub.add_argument("--retries", type=int, default=2, metavar="N", help=text)
+        text = "of a step, on each node (torchrun, slurm; default 1)"
+        sub.add_argument("--processes", type=int, default=1, metavar="P", help=text)
+        sub.add_argument("--nodes", type=int, default=1, metavar="M", help="of a step (slurm; default 1)")
+        text = (
+            "of submitit or sbatch, for example partition=gpu time=60 gpus_per_node=1; cluster=local without a cluster"
+        )
+        sub.add_argument("--slurm", nargs="+", action="extend", default=[], metavar="key=value", help=text)
 
     configured(command("run", _run, "Do everything a configuration asks for, and write the report."))
     sub = command("split", _split, "Take the teacher apart, prove it, and show the parts; or survey timm.")
@@ -298,6 +333,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--slot", type=int, action="append", metavar="I", help="only this slot; may be repeated")
     sub = configured(command("train", _train, "Train one arm to its end, and do what that needs."))
     sub.add_argument("--arm", default="m2mkd", help="m2mkd, task, distill or scratch (default m2mkd)")
+    sub = command(
+        "step", _step, "Do one step of a run, as the launchers do, or wait until another process has done it."
+    )
+    sub.add_argument("run", metavar="RUN", help="run folder; m2mkd run makes one")
+    sub.add_argument("name", metavar="NAME", help="for example m2mkd/pair1")
+    text = "keys that may differ between two starts, for example device=cpu"
+    sub.add_argument("overrides", metavar="key=value", nargs="*", help=text)
     sub = command("eval", _eval, "Evaluate what a step of a run made.")
     sub.add_argument("run", metavar="RUN", help="run folder")
     sub.add_argument("--step", default="m2mkd/e2e", help="for example teacher, meta, scratch/e2e (default m2mkd/e2e)")

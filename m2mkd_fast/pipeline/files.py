@@ -1,12 +1,11 @@
-"""Files of a run folder: written whole or not at all, read strictly, locked against a second launch."""
+"""Files of a run folder: written whole or not at all, read strictly."""
 
 from __future__ import annotations
 
-import fcntl
 import json
+import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +24,35 @@ def read_json(path: Path) -> Any:
         raise M2MKDError(f"{path} is damaged ({error}); delete its folder to make this step again") from error
 
 
-@contextmanager
-def exclusive(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold a folder for this process; the operating system lets go of it when the process ends, however it ends.
+class Failure:
+    """``failure.json`` of a step: why its last attempt failed, {error, final, host, time, attempts}.
 
-    Args:
-        folder: made where it is missing.
-        patience: seconds to wait for a process that holds it. A killed run's workers take a moment to notice.
+    A final failure is one that the next attempt would only repeat. The file goes when the step is begun again; attempts
+    are counted on.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    deadline = time.monotonic() + patience
-    with lock as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    raise M2MKDError(
-                        f"another process is working in {folder}; wait for it, or choose another folder with "
-                        "output=FOLDER"
-                    ) from error
-                time.sleep(0.05)
-        yield
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "failure.json"
+        self._attempts = 0
+
+    def read(self) -> dict[str, Any] | None:
+        """What the file says, or None where no attempt has failed."""
+        try:
+            return read_json(self.path)
+        except FileNotFoundError:
+            return None
+
+    def begin(self) -> None:
+        """A new attempt begins."""
+        self._attempts = (self.read() or {"attempts": 0})["attempts"]
+        self.path.unlink(missing_ok=True)
+
+    def record(self, error: str, final: bool, say: Callable[[str], None]) -> None:
+        """An attempt failed; where even that cannot be written (a full disk, say), it is said."""
+        self._attempts += 1
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        facts = {"error": error, "final": final, "host": socket.gethostname(), "time": now, "attempts": self._attempts}
+        try:
+            write_json(self.path, facts)
+        except M2MKDError as full:
+            say(str(full))

@@ -29,47 +29,84 @@ from m2mkd_fast.ops.flops import flop_counter
 from m2mkd_fast.pipeline.batch_source import AugmentedBatches, BatchSource
 from m2mkd_fast.pipeline.checkpoint import Checkpoints
 from m2mkd_fast.pipeline.config import TrainingConfig
-from m2mkd_fast.pipeline.files import exclusive, write_json
+from m2mkd_fast.pipeline.files import Failure, write_json
 from m2mkd_fast.pipeline.learned_graph import save_learned_graph
+from m2mkd_fast.pipeline.lease import Lease, LeaseLost
 from m2mkd_fast.pipeline.optimization import LearningRateFactor
 from m2mkd_fast.pipeline.plan import Step, baseline_training
 from m2mkd_fast.pipeline.progress import Progress
 from m2mkd_fast.pipeline.rounds import TeachingPair, finish_rounds, train_round
+from m2mkd_fast.pipeline.stopping import Stopped
+from m2mkd_fast.pipeline.trackers import open_trackers
 from m2mkd_fast.pipeline.training import Evaluate, FitResult, fit
 from m2mkd_fast.pipeline.workbench import Workbench
 
 
-def run_step(bench: Workbench, step: Step, progress: Progress) -> dict[str, Any]:
-    """Do one step, or go on with it where it was left, and return its result. A finished step is not done again."""
+def run_step(bench: Workbench, step: Step, progress: Progress, lease: Lease | None) -> dict[str, Any]:
+    """Do one step, or go on with it where it was left, and return its result. A finished step is not done again.
+
+    Args:
+        bench: the run's tools.
+        step: all that it needs is finished.
+        progress: told how far it is.
+        lease: the step's, held by this process; None in the processes of a group that only help, and write nothing.
+
+    Raises:
+        M2MKDError: the step cannot be done; ``failure.json`` says why.
+        LeaseLost: another process has taken it over.
+        Stopped: on request; it is saved.
+    """
+    finished = bench.result(step.name)
+    if finished is not None:
+        return finished
+    failure = Failure(bench.step_folder(step.name))
+    if lease is not None:
+        failure.begin()
+    try:
+        return _run_step(bench, step, progress, lease)
+    except (Stopped, LeaseLost):
+        raise
+    except Exception as error:
+        if lease is not None:
+            final = isinstance(error, M2MKDError)  # any other may come from the state of this process
+            failure.record(str(error) if final else repr(error), final, progress.message)
+        raise
+
+
+def _run_step(bench: Workbench, step: Step, progress: Progress, lease: Lease | None) -> dict[str, Any]:
     folder = bench.step_folder(step.name)
-    with exclusive(folder, patience=5.0):
-        finished = bench.result(step.name)
-        if finished is not None:
-            return finished
-        made_from = {name: bench.result(name)["weights_hash"] for name in step.needs if name != "hybrids"}
-        work = _Work(bench, step, progress)
-        started = time.perf_counter()
-        result = {"step": step.name, "phase": step.phase, "arm": step.arm, "slot": step.slot}
-        result |= {"steps": 0, "images": 0, "seconds": 0.0, "flops": 0.0}
-        result |= _PHASES[step.phase](work)
-        result["wall_seconds"] = time.perf_counter() - started
-        result["made_from"] = made_from
-        write_json(folder / "result.json", result)
-        if step.phase != "round":  # its state is where the pair's next step begins
-            Checkpoints(folder / "checkpoints").clear()
-        if result["steps"]:
-            progress.finish(step.name, _headline(result))
-        else:  # nothing was trained, so no bar was started
-            progress.message(f"{step.name}: {_headline(result)}")
+    made_from = {name: bench.result(name)["weights_hash"] for name in step.needs if name != "hybrids"}
+    work = _Work(bench, step, progress, lease)
+    started = time.perf_counter()
+    result = {"step": step.name, "phase": step.phase, "arm": step.arm, "slot": step.slot}
+    result |= {"steps": 0, "images": 0, "seconds": 0.0, "flops": 0.0}
+    result |= _PHASES[step.phase](work)
+    result["wall_seconds"] = time.perf_counter() - started
+    result["made_from"] = made_from
+    if lease is None:
         return result
+    work.guard()
+    write_json(folder / "result.json", result)
+    if step.phase != "round":  # its state is where the pair's next step begins
+        Checkpoints(folder / "checkpoints").clear()
+    if result["steps"]:
+        progress.finish(step.name, _headline(result))
+    else:  # nothing was trained, so no bar was started
+        progress.message(f"{step.name}: {_headline(result)}")
+    return result
 
 
 class _Work:
     """One step's tools: its trained weights, its training run, its evaluations."""
 
-    def __init__(self, bench: Workbench, step: Step, progress: Progress) -> None:
-        self.bench, self.step, self.progress = bench, step, progress
+    def __init__(self, bench: Workbench, step: Step, progress: Progress, lease: Lease | None) -> None:
+        self.bench, self.step, self.progress, self.lease = bench, step, progress, lease
         self.config = bench.config
+
+    def guard(self) -> None:
+        """Call before anything is written: raises where another process has taken the step over."""
+        if self.lease is not None:
+            self.lease.check()
 
     @property
     def seed(self) -> int:
@@ -85,26 +122,33 @@ class _Work:
         source: BatchSource | None = None,
         learning_rate: LearningRateFactor | None = None,
     ) -> FitResult:
-        return fit(
-            task,
-            self.bench.train_split,
-            training,
-            seed=self.seed,
-            data=self.config.data,
-            execution=self.bench.execution,
-            folder=self.bench.step_folder(self.step.name),
-            evaluate=evaluate,
-            progress=self.progress,
-            name=self.step.name,
-            source=source,
-            learning_rate=learning_rate,
-        )
+        folder, name = self.bench.folder, self.step.name
+        with open_trackers(self.config.trackers, folder, name, self.progress.message) as tracker:
+            return fit(
+                task,
+                self.bench.train_split,
+                training,
+                seed=self.seed,
+                data=self.config.data,
+                execution=self.bench.execution,
+                folder=self.bench.step_folder(name),
+                evaluate=evaluate,
+                progress=self.progress,
+                name=name,
+                source=source,
+                learning_rate=learning_rate,
+                tracker=tracker,
+                guard=self.guard,
+            )
 
     def finish(self, model: nn.Module, fitted: FitResult, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """Write the weights; the result is written after them, so a step with a result has its weights."""
+        """Write the weights, in the process that holds the lease; the result is written after them, so a step with a result has its weights."""
         path = self.bench.step_folder(self.step.name) / "weights.safetensors"
         description = {"step": self.step.name, "phase": self.step.phase, "slot": self.step.slot}
-        digest = save_module(path, model, description)
+        digest = None
+        if self.lease is not None:
+            self.guard()
+            digest = save_module(path, model, description)
         costs = asdict(fitted)
         terms, shares = costs.pop("terms"), costs.pop("gradient_share")
         return {**costs, "metrics": metrics, "terms": terms, "gradient_share": shares, "weights_hash": digest, **more}

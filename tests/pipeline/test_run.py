@@ -19,7 +19,6 @@ from tiny_run import PHASE, tiny
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.modules.state import save_module
 from m2mkd_fast.pipeline.config import make_config
-from m2mkd_fast.pipeline.files import exclusive
 from m2mkd_fast.pipeline.plan import closure, plan
 from m2mkd_fast.pipeline.run import run
 from m2mkd_fast.pipeline.steps import check_hybrids
@@ -332,21 +331,6 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(M2MKDError, match="cannot write .*file/run"):
         run(config_of(tmp_path / "file" / "run"))
-
-
-def test_a_second_launch_on_one_folder_is_refused(tmp_path):
-    with exclusive(tmp_path), pytest.raises(M2MKDError, match="another process is working in"):
-        subprocess_run_refuses(tmp_path)
-
-
-def subprocess_run_refuses(folder: Path) -> None:
-    code = "import sys; from pathlib import Path; from m2mkd_fast.pipeline.files import exclusive\n" + (
-        "from m2mkd_fast.errors import M2MKDError\n"
-        "try:\n    exclusive(Path(sys.argv[1])).__enter__()\nexcept M2MKDError as error:\n    print(error)"
-    )
-    answer = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
-    if answer.stdout:
-        raise M2MKDError(answer.stdout)
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Where a run's steps are done: in this process, in workers of this machine, in process groups, in a cluster's jobs."""
