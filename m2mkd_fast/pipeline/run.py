@@ -18,7 +18,7 @@ from m2mkd_fast.pipeline.opening import check_same_configuration, open_run_folde
 from m2mkd_fast.pipeline.plan import Step, closure, plan
 from m2mkd_fast.pipeline.preflight import preflight
 from m2mkd_fast.pipeline.progress import ProgressDisplay
-from m2mkd_fast.pipeline.schedule import Launcher, schedule
+from m2mkd_fast.pipeline.dispatch import Launcher, dispatch
 from m2mkd_fast.pipeline.workbench import Workbench
 from m2mkd_fast.pipeline.workers import Workers
 
@@ -82,7 +82,7 @@ def run(
             steps = plan(config, slots)
             wanted = closure(steps, _chosen(steps, only))
             open_run_folder(bench, steps, slots, command)
-            schedule(bench, wanted, runner, display, retries)
+            dispatch(bench, wanted, runner, display, retries)
     return folder
 
 

@@ -44,7 +44,7 @@ class Launcher(Protocol):
         ...
 
 
-def schedule(bench: Workbench, steps: Sequence[Step], launcher: Launcher, display: Progress, retries: int) -> None:
+def dispatch(bench: Workbench, steps: Sequence[Step], launcher: Launcher, display: Progress, retries: int) -> None:
     """Do all steps that are not done yet, or wait for those that other launchers are doing.
 
     Args:
@@ -58,10 +58,10 @@ def schedule(bench: Workbench, steps: Sequence[Step], launcher: Launcher, displa
         M2MKDError: a step failed for good, or its process died too often. What runs elsewhere goes on.
         Stopped: on request; what was running here is saved.
     """
-    _Schedule(bench, steps, launcher, display, retries).run()
+    _Dispatch(bench, steps, launcher, display, retries).run()
 
 
-class _Schedule:
+class _Dispatch:
     def __init__(
         self, bench: Workbench, steps: Sequence[Step], launcher: Launcher, display: Progress, retries: int
     ) -> None:
