@@ -153,6 +153,12 @@ def _eval(options: argparse.Namespace) -> None:
         print(f"{options.step} {name.replace('_', ' ')}: {value:.2f} %")
 
 
+def _watch(options: argparse.Namespace) -> None:
+    from m2mkd_fast.pipeline.watch import watch
+
+    watch(options.run, once=options.once, interval=options.interval)
+
+
 def _prune(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
@@ -340,6 +346,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name", metavar="NAME", help="for example m2mkd/pair1")
     text = "keys that may differ between two starts, for example device=cpu"
     sub.add_argument("overrides", metavar="key=value", nargs="*", help=text)
+    sub = command("watch", _watch, "Show how far a run is, from any terminal on any machine that sees its folder.")
+    sub.add_argument("run", metavar="RUN", help="run folder")
+    sub.add_argument("--once", action="store_true", help="look once, and end")
+    sub.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between looks (default 2)")
     sub = command("eval", _eval, "Evaluate what a step of a run made.")
     sub.add_argument("run", metavar="RUN", help="run folder")
     sub.add_argument("--step", default="m2mkd/e2e", help="for example teacher, meta, scratch/e2e (default m2mkd/e2e)")

@@ -1,4 +1,4 @@
-"""Progress of running steps: bars on a terminal, plain lines elsewhere.
+"""Progress of running steps: one table on a terminal, plain lines elsewhere.
 
 The process that owns the terminal holds one `ProgressDisplay`. Worker processes report through a `QueueProgress`, which
 has the same methods and puts picklable dictionaries on a multiprocessing queue; the owner forwards them with
@@ -15,19 +15,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from queue import Empty
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Column
+from rich.live import Live
 from rich.text import Text
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
+from m2mkd_fast.pipeline.board import RUNNING, Board, BoardReader, Row
+from m2mkd_fast.pipeline.board_table import BoardTable, duration
 
 _POLL_SECONDS, _LONGEST_WAIT = 0.1, 10.0
+_LOOK_EVERY = 1.0  # seconds between looks into the run folder, for what others do
 EVENT_KINDS = ("start", "update", "finish", "message")
 
 
@@ -116,19 +118,22 @@ class _Running:
     done: int
     began: float
     printed: float
-    task: TaskID | None = None
+    loss: float | None = None
+    images_per_second: float | None = None
 
 
 class ProgressDisplay(_Events):
     """Shows the steps that run; every method may be called from any thread.
 
-    On a terminal each step has a bar. Elsewhere it has a plain line at its start and its end, and between them at most
-    one every `interval` seconds.
+    On a terminal they stand in one table, with all other steps of the run where its folder is given: those that wait,
+    are finished, or run elsewhere. Off a terminal a step has a plain line at its start and its end, and between them at
+    most one every `interval` seconds.
 
     Args:
         console: where to show; standard error by default, so that piped output stays clean.
         interval: seconds between plain lines of one step.
         clock: seconds that only go up.
+        folder: of the run.
     """
 
     def __init__(
@@ -136,26 +141,22 @@ class ProgressDisplay(_Events):
         console: Console | None = None,
         interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        folder: Path | None = None,
     ) -> None:
         self._console = console or Console(stderr=True)
         self._interval, self._clock = interval, clock
         self._lock = threading.RLock()
         self._running: dict[str, _Running] = {}
-        self._bars: RichProgress | None = None
+        self._live: Live | None = None
+        self._reader = None if folder is None else BoardReader(folder)
+        self._board, self._looked = Board(folder or Path()), -math.inf
 
     def __enter__(self) -> ProgressDisplay:
         if self._console.is_terminal:
-            self._bars = RichProgress(
-                TextColumn("{task.description}", style="bold", markup=False),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[left]}", markup=False),
-                TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
-                console=self._console,
-                expand=True,
-                refresh_per_second=4,
+            self._live = Live(
+                console=self._console, get_renderable=self._table, refresh_per_second=4, transient=self._reader is None
             )
-            self._bars.start()
+            self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -163,9 +164,9 @@ class ProgressDisplay(_Events):
             for name in list(self._running):
                 running = self._running.pop(name)
                 self._print(f"{name}: stopped at {running.done:,}/{running.total:,}")
-            if self._bars is not None:
-                self._bars.stop()
-                self._bars = None
+            live, self._live, self._looked = self._live, None, -math.inf
+        if live is not None:
+            live.stop()
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -226,40 +227,58 @@ class ProgressDisplay(_Events):
 
     def _on_start(self, event: Mapping[str, Any]) -> None:
         name, total, done = event["step"], int(event["total"]), int(event.get("done", 0))
-        earlier = self._running.pop(name, None)
-        if earlier is not None and earlier.task is not None and self._bars is not None:
-            self._bars.remove_task(earlier.task)
         now = self._clock()
-        running = _Running(total, done, done, began=now, printed=now)
-        if self._bars is not None:
-            running.task = self._bars.add_task(name, total=total, completed=done, left="", facts="")
-        else:
+        self._running.pop(name, None)
+        self._running[name] = _Running(total, done, done, began=now, printed=now)
+        if self._live is None:
             self._print(f"{name}: {f'continues at {done:,}/{total:,}' if done else f'starts, {total:,} steps'}")
-        self._running[name] = running
 
     def _on_update(self, event: Mapping[str, Any]) -> None:
         running, now = self._of(event["step"]), self._clock()
         running.done = int(event["done"])
-        facts, left = _facts(event), _time_left(running, now)
-        if self._bars is not None and running.task is not None:
-            self._bars.update(running.task, completed=running.done, left=left, facts=", ".join(facts))
-        elif now - running.printed >= self._interval:
+        running.loss, running.images_per_second = event.get("loss"), event.get("images_per_second")
+        if self._live is None and now - running.printed >= self._interval:
             running.printed = now
             percent = f" ({100 * running.done / running.total:.0f} %)" if running.total else ""
             count = f"{event['step']}: {running.done:,}/{running.total:,}{percent}"
-            self._print(", ".join([count, *facts, *([left] if left else [])]))
+            pace = _pace(running, now)
+            left = [] if pace is None else [f"{duration(pace * max(0, running.total - running.done))} left"]
+            self._print(", ".join([count, *_facts(event), *left]))
 
     def _on_finish(self, event: Mapping[str, Any]) -> None:
         running = self._of(event["step"])
         del self._running[event["step"]]
-        if self._bars is not None and running.task is not None:
-            self._bars.remove_task(running.task)
+        self._looked = -math.inf  # its result is in the folder
         seconds = self._clock() - running.began
         message = event.get("message")
         self._print(f"{event['step']}: finished in {duration(seconds)}" + (f", {message}" if message else ""))
 
     def _on_message(self, event: Mapping[str, Any]) -> None:
         self._print(str(event["message"]))
+
+    def _table(self) -> BoardTable:
+        """The run's steps as its folder shows them, and for those that run here what they have reported since.
+
+        Takes no lock: the thread that draws has the screen's, for which a thread that prints waits with ours.
+        """
+        now = self._clock()
+        if self._reader is not None and now - self._looked >= _LOOK_EVERY:
+            self._looked, self._board = now, self._reader.read()
+        rows = {row.name: row for row in self._board.rows}
+        for name, running in list(self._running.items()):
+            pace = _pace(running, now)
+            rows[name] = replace(
+                rows.get(name, Row(name)),
+                state=RUNNING,
+                done=running.done,
+                total=running.total,
+                loss=running.loss,
+                images_per_second=running.images_per_second,
+                pace=pace,
+                seconds_left=None if pace is None else pace * max(0, running.total - running.done),
+                host="",
+            )
+        return BoardTable(Board(self._board.folder, tuple(rows.values())), framed=self._reader is not None)
 
     def _of(self, step: str) -> _Running:
         if step not in self._running:
@@ -269,15 +288,6 @@ class ProgressDisplay(_Events):
     def _print(self, line: str) -> None:
         # Text, not str: brackets in a message are no markup, and a line is not cut into the width of a file.
         self._console.print(Text(line), soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """`8 s`, `3:07` (minutes and seconds) or `2:03:07` (with hours)."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
 def _facts(event: Mapping[str, Any]) -> list[str]:
@@ -290,9 +300,7 @@ def _facts(event: Mapping[str, Any]) -> list[str]:
     return facts
 
 
-def _time_left(running: _Running, now: float) -> str:
-    """Remaining time at the mean pace since the start; empty before there is a pace."""
+def _pace(running: _Running, now: float) -> float | None:
+    """Seconds of a training step, on the mean since the start; None before there is a pace."""
     done, elapsed = running.done - running.first, now - running.began
-    if done <= 0 or elapsed <= 0:
-        return ""
-    return f"{duration(elapsed / done * max(0, running.total - running.done))} left"
+    return elapsed / done if done > 0 and elapsed > 0 else None

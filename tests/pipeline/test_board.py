@@ -3,62 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import PLAN, Clock, half_done, held, line, put
 
 from m2mkd_fast.pipeline.board import BoardReader
 from m2mkd_fast.pipeline.schedule import critical_path, finishing_time
 
-PLAN = [
-    {"name": "teacher", "phase": "teacher", "arm": None, "slot": None, "needs": [], "training_steps": 100},
-    {"name": "meta", "phase": "PT", "arm": None, "slot": None, "needs": ["teacher"], "training_steps": 50},
-    {"name": "m2mkd/pair0", "phase": "m2mKD", "arm": "m2mkd", "slot": 0, "needs": ["meta"], "training_steps": 40},
-    {"name": "m2mkd/pair1", "phase": "m2mKD", "arm": "m2mkd", "slot": 1, "needs": ["meta"], "training_steps": 40},
-    {"name": "m2mkd/e2e", "phase": "E2E", "arm": "m2mkd", "slot": None, "needs": ["m2mkd/pair0", "m2mkd/pair1"]},
-]
-PLAN[-1]["training_steps"] = 20
-
-
-class Clock:
-    def __init__(self, now: float = 0.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def put(path: Path, value: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
-    return path
-
-
-def line(step: int, **more: Any) -> str:
-    return (
-        json.dumps({"step": step, "loss": 1.0 / step, "seconds": 0.5 * step, "images_per_second": 64.0, **more}) + "\n"
-    )
-
-
-def held(folder: Path, step: str, heartbeat: int, number: int = 1, written: float | None = None, **more: Any) -> Path:
-    lease = {"owner": "a:1:x", "host": "a", "pid": 1, "heartbeat": heartbeat, "interval": 5.0, "state": "held", **more}
-    path = put(folder / "steps" / step / "lease" / f"{number}.json", lease)
-    if written is not None:
-        os.utime(path, (written, written))
-    return path
-
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """The teacher is finished, the meta model in its first half, its worker alive."""
-    put(tmp_path / "plan.json", PLAN)
-    result = {"steps": 100, "seconds": 30.0, "metrics": {"test_accuracy": 91.25, "ood_accuracy": 40.0}}
-    put(tmp_path / "steps/teacher/result.json", result)
-    put(tmp_path / "steps/meta/metrics.jsonl", line(10) + line(20, recent_images_per_second=80.0))
-    held(tmp_path, "meta", 7)
-    return tmp_path
+    return half_done(tmp_path)
+
+
+def rows(folder: Path, **clocks: Any) -> dict[str, Any]:
+    return {row.name: row for row in BoardReader(folder, **clocks).read().rows}
 
 
 def test_accuracies_are_shown_from_before_the_first_step(folder):
@@ -67,10 +28,6 @@ def test_accuracies_are_shown_from_before_the_first_step(folder):
     metrics = {"hybrid_accuracy": [88.0, 71.5, 90.0], "teacher_accuracy": 92.0, "cold_test_accuracy": 5.0}
     put(folder / "steps/meta/result.json", {"steps": 0, "metrics": metrics})
     assert rows(folder)["meta"].remark == "hybrid 71.5 to 90.0 %, teacher 92.0 %"
-
-
-def rows(folder: Path, **clocks: Any) -> dict[str, Any]:
-    return {row.name: row for row in BoardReader(folder, **clocks).read().rows}
 
 
 def test_every_step_has_its_state(folder):

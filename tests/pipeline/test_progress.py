@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import queue
 import re
@@ -76,24 +77,76 @@ def test_leaving_early_says_where_each_step_stopped() -> None:
     assert display.running == ()
 
 
-def test_a_terminal_shows_bars_and_keeps_the_finish_line() -> None:
+def terminal() -> tuple[Console, io.StringIO]:
     output = io.StringIO()
-    console = Console(file=output, force_terminal=True, width=120, color_system="standard")
+    return Console(file=output, force_terminal=True, width=120, height=40, color_system="standard"), output
+
+
+def shown(output: io.StringIO) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue())
+
+
+def test_a_terminal_shows_bars_and_keeps_the_finish_line() -> None:
+    console, output = terminal()
     with ProgressDisplay(console, clock=Clock()) as display:
         display.start("m2mkd/pair0", 10)
         display.start("m2mkd/pair1", 10)
         display.update("m2mkd/pair1", 4, loss=0.25, images_per_second=10.0)
         assert display.running == ("m2mkd/pair0", "m2mkd/pair1")
-        time.sleep(0.6)  # bars are drawn four times a second
+        time.sleep(0.4)  # the table is drawn four times a second
         display.message("[not markup]")
         display.finish("m2mkd/pair1", "81.2 %")
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue())
-    assert "━" in shown
-    assert "4/10" in shown
-    assert "loss 0.25, 10 images/s" in shown
-    assert "[not markup]" in shown
-    assert "m2mkd/pair1: finished in 0 s, 81.2 %" in shown
-    assert "m2mkd/pair0: stopped at 0/10" in shown
+    text = shown(output)
+    assert re.search(r"m2mkd/pair1 +running +━+.* 4/10 +0.25 +10 ", text)
+    assert "[not markup]" in text
+    assert "m2mkd/pair1: finished in 0 s, 81.2 %" in text
+    assert "m2mkd/pair0: stopped at 0/10" in text
+    assert "starts, 10" not in text
+
+
+def test_the_table_holds_what_others_do_and_what_is_still_to_come(tmp_path) -> None:
+    plan = [{"name": name, "phase": "m2mKD", "needs": [], "training_steps": 20} for name in ("pair0", "pair1", "pair2")]
+    plan[2]["needs"] = ["pair0", "pair1"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    lease = {"host": "elsewhere", "heartbeat": 1, "interval": 5.0, "state": "held"}
+    for name in ("pair0", "pair1"):
+        (tmp_path / "steps" / name / "lease").mkdir(parents=True)
+        (tmp_path / "steps" / name / "lease" / "1.json").write_text(json.dumps(lease))
+    console, output = terminal()
+    clock = Clock()
+    with ProgressDisplay(console, clock=clock, folder=tmp_path) as display:
+        display.start("pair0", 20)
+        clock.now += 5.0
+        display.update("pair0", 10, loss=0.5)
+        display._live.refresh()
+    text = shown(output)
+    assert re.search(r"pair0 +running +━+.* 10/20 +0.5 +5 s", text)  # here
+    assert re.search(r"pair1 +running +━+.* 0/20 +elsewhere", text)
+    assert re.search(r"pair2 +waiting", text)
+    # pair0 has 10 of its steps to go at half a second each, pair2 is thought to take as long a step
+    assert "0 of 3 steps finished, 2 running, 1 waiting; about 20 s left on the critical path" in text
+
+
+def test_drawing_and_printing_do_not_wait_for_each_other() -> None:
+    console, output = terminal()
+    display = ProgressDisplay(console, clock=Clock())
+
+    def work() -> None:
+        with display:
+            for index in range(30):
+                display.start("meta", 10)
+                display._live.refresh()
+                display.message(f"line {index}")
+                display.finish("meta")
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    for _ in range(30):
+        if display._live is not None:
+            display._live.refresh()
+    worker.join(timeout=30)
+    assert not worker.is_alive()
+    assert "line 29" in shown(output)
 
 
 def test_a_restarted_step_begins_again() -> None:
