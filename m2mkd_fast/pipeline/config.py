@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 
 ARMS = ("m2mkd", "task", "distill", "scratch")
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass
@@ -136,6 +137,7 @@ class RunConfig:
     device: str = "auto"
     precision: str = "auto"  # "auto": bf16 on a GPU that has it, else float32
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    trackers: list[str] = field(default_factory=list)  # "tensorboard", "wandb": shown what metrics.jsonl holds
     recipe: str = "composable"
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     data: DataConfig = field(default_factory=DataConfig)
@@ -243,6 +245,9 @@ def check_values(config: RunConfig) -> None:
         raise M2MKDError(f"parallel.experts must be at least 1, got {config.parallel.experts}")
     if config.data.repeats < 1:
         raise M2MKDError(f"data.repeats must be at least 1, got {config.data.repeats}")
+    for tracker in config.trackers:
+        if tracker not in TRACKERS:
+            raise UnknownNameError("tracker", tracker, TRACKERS)
     for name, training in phases(config):
         _check_training(name, training)
     if not 0.0 <= config.pair.alpha <= 1.0:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from m2mkd_fast.atomic import unwritable, write_text_atomically
+from m2mkd_fast.atomic import write_text_atomically
 from m2mkd_fast.errors import M2MKDError
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.pipeline.lease import Lease, LeaseObserver
@@ -48,29 +47,27 @@ def run_one_step(folder: Path, name: str, overrides: Sequence[str], progress: Pr
     if "hybrids" in step.needs:
         check_hybrids(bench.result("hybrids"), config.meta.max_hybrid_drop)
     torch.set_num_threads(config.threads or _share_of_threads())
-    group = bench.execution.accelerator
+    group = bench.execution
     observer = LeaseObserver(bench.step_folder(name) / "lease")
     told = False
     while True:
         lease, verdict = None, "wait"
-        if group.is_main_process:
+        if group.is_main:
             lease, verdict = _decide(bench, name, observer)
-        if group.num_processes > 1:
-            verdict = broadcast_object_list([verdict])[0]
+        verdict = group.broadcast(verdict)
         if verdict == "finished":
             return
         if verdict == "stop":
             raise Stopped(f"step {name} had not begun here")
         if verdict == "go":
             break
-        if not told and group.is_main_process and (holder := observer.holder()) is not None:
+        if not told and group.is_main and (holder := observer.holder()) is not None:
             progress.message(f"{name}: runs elsewhere ({holder.host}, process {holder.pid}); waiting")
             told = True
         time.sleep(_POLL)
     try:
         run_step(bench, step, progress, lease)
-        if group.num_processes > 1:
-            group.wait_for_everyone()
+        group.barrier()
     finally:
         if lease is not None:
             lease.release()

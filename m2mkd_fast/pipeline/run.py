@@ -12,13 +12,14 @@ import torch
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.pipeline.config import RunConfig
+from m2mkd_fast.pipeline.dispatch import Launcher, dispatch
 from m2mkd_fast.pipeline.launch.in_process import InProcess
 from m2mkd_fast.pipeline.launch.torchrun import Torchrun
 from m2mkd_fast.pipeline.opening import check_same_configuration, open_run_folder
 from m2mkd_fast.pipeline.plan import Step, closure, plan
 from m2mkd_fast.pipeline.preflight import preflight
 from m2mkd_fast.pipeline.progress import ProgressDisplay
-from m2mkd_fast.pipeline.dispatch import Launcher, dispatch
+from m2mkd_fast.pipeline.trackers import check_trackers
 from m2mkd_fast.pipeline.workbench import Workbench
 from m2mkd_fast.pipeline.workers import Workers
 
@@ -65,8 +66,9 @@ def run(
         jobs = max(1, len(gpus) // processes)
     threads = config.threads or max(1, (os.cpu_count() or 1) // ((jobs or 1) * processes))
     check_same_configuration(config, folder)
+    check_trackers(config.trackers)
     bench = Workbench(config, folder)
-    with ProgressDisplay() as display, _threads(threads):
+    with ProgressDisplay(folder=folder) as display, _threads(threads):
         if launcher == "slurm":
             from m2mkd_fast.pipeline.launch.slurm import Slurm
 

@@ -103,6 +103,11 @@ class _Work:
         self.bench, self.step, self.progress, self.lease = bench, step, progress, lease
         self.config = bench.config
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what the step makes; in a group, the others only help."""
+        return self.lease is not None
+
     def guard(self) -> None:
         """Call before anything is written: raises where another process has taken the step over."""
         if self.lease is not None:
@@ -142,11 +147,11 @@ class _Work:
             )
 
     def finish(self, model: nn.Module, fitted: FitResult, metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """Write the weights, in the process that holds the lease; the result is written after them, so a step with a result has its weights."""
+        """Write the weights, in the process that writes; the result comes after them, so one has its weights."""
         path = self.bench.step_folder(self.step.name) / "weights.safetensors"
         description = {"step": self.step.name, "phase": self.step.phase, "slot": self.step.slot}
         digest = None
-        if self.lease is not None:
+        if self.writes:
             self.guard()
             digest = save_module(path, model, description)
         costs = asdict(fitted)
@@ -295,7 +300,7 @@ def _end_to_end(work: _Work) -> dict[str, Any]:
         task = SupervisedTask(model, training.label_smoothing)
     fitted = work.fit(task, training, bench.accuracies)
     metrics = bench.accuracies(model) | cold
-    density = save_learned_graph(bench.step_folder(work.step.name), model)
+    density = save_learned_graph(bench.step_folder(work.step.name), model) if work.writes else []
     return work.finish(model, fitted, metrics, expert_load=expert_load(model), graph_density=density)
 
 
