@@ -41,7 +41,7 @@ def attempt(bench: Workbench, step: Step, progress: Progress, after: int) -> Rep
         with lease:
             run_step(bench, step, progress, lease)
     except Stopped as stop:
-        return Report(step.name, "stopped", error=stop)
+        return Report(step.name, "stopped", "its process was asked to stop, and saved", stop)
     except LeaseLost as lost:
         return Report(step.name, "elsewhere", str(lost))
     except M2MKDError as error:

@@ -53,8 +53,12 @@ class Workers:
     def __init__(
         self, config: RunConfig, jobs: int, threads: int, gpus: Sequence[str], display: ProgressDisplay
     ) -> None:
-        # spawn: a forked child of a process that has used OpenMP or CUDA may hang.
-        self._context = multiprocessing.get_context("spawn")
+        # A forked child of a process that has used OpenMP or CUDA may hang, so workers are never forked from this one.
+        # Without GPUs they are forked from a process that has imported everything once and computed nothing: a worker
+        # is there in a moment. To import may itself ask the CUDA driver something, which no child could do again.
+        self._context = multiprocessing.get_context("spawn" if gpus else "forkserver")
+        if not gpus:
+            self._context.set_forkserver_preload([__name__])
         self._config, self._threads, self._gpus, self._display = config.to_dict(), threads, gpus, display
         self._jobs, self._workers = jobs, []
         self._ending, self._stillborn = False, 0
@@ -109,10 +113,11 @@ class Workers:
 
     def _start(self, number: int) -> _Worker:
         here, there = self._context.Pipe()
-        environment = {"CUDA_VISIBLE_DEVICES": self._gpus[number % len(self._gpus)]} if self._gpus else {}
-        process = self._context.Process(
-            target=_work, args=(there, self._config, self._threads, environment), name=f"worker {number}", daemon=True
-        )
+        environment = dict(os.environ)
+        if self._gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self._gpus[number % len(self._gpus)]
+        arguments = (there, self._config, self._threads, environment)
+        process = self._context.Process(target=_work, args=arguments, name=f"worker {number}")
         process.start()
         there.close()  # so that the end of the worker is the end of the pipe
         return _Worker(process, here)
@@ -127,8 +132,8 @@ class Workers:
         worker.spoke = True
         if not isinstance(told, Report):
             self._display.event(told)
-        elif told.kind == "died":
-            worker.last_words = told.message
+        elif told.kind == "died" or (told.kind == "stopped" and not self._ending):
+            worker.last_words = told.message  # it ends now
         else:
             worker.step = None
             found.append(told)
@@ -169,7 +174,7 @@ class _PipeProgress:
 
 
 def _work(pipe: Connection, config: dict[str, Any], threads: int, environment: Mapping[str, str]) -> None:
-    os.environ.update(environment)  # before CUDA starts
+    os.environ.update(environment)  # before CUDA starts; what it was forked from has an older one
     handle_stop_signals()
     torch.set_num_threads(threads)
     orders: queue.SimpleQueue = queue.SimpleQueue()
