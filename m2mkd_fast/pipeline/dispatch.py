@@ -112,9 +112,9 @@ class _Dispatch:
                 continue
             observer = self.leases[step.name]
             holder = observer.holder()
-            if holder is None:
+            if holder is None and self.bench.result(step.name) is None:
                 free.append((step, observer.number))
-            elif (step.name, holder.owner) not in self.told:
+            elif holder is not None and (step.name, holder.owner) not in self.told:
                 self.told.add((step.name, holder.owner))
                 self.display.message(f"{step.name}: runs elsewhere ({holder.host}, process {holder.pid}); waiting")
         return free
