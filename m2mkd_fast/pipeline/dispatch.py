@@ -131,7 +131,9 @@ class _Dispatch:
 
     def _again(self, report: Report) -> None:
         deaths = self.deaths[report.step] = self.deaths.get(report.step, 0) + 1
-        self.failures[report.step].record(report.message, False, self.display.message)
+        failure = self.failures[report.step]
+        if failure.read() is None:  # else the process could still say itself what was wrong
+            failure.record(report.message, False, self.display.message)
         if deaths > self.retries:
             raise M2MKDError(
                 f"step {report.step}: {report.message}; that was attempt {deaths}. Start the same command again, it "

@@ -33,7 +33,7 @@ class Failure:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "failure.json"
-        self._attempts = 0
+        self._attempts = self._read_attempts()
 
     def read(self) -> dict[str, Any] | None:
         """What the file says, or None where no attempt has failed."""
@@ -44,7 +44,7 @@ class Failure:
 
     def begin(self) -> None:
         """A new attempt begins."""
-        self._attempts = (self.read() or {"attempts": 0})["attempts"]
+        self._attempts = self._read_attempts()
         self.path.unlink(missing_ok=True)
 
     def record(self, error: str, final: bool, say: Callable[[str], None]) -> None:
@@ -56,3 +56,6 @@ class Failure:
             write_json(self.path, facts)
         except M2MKDError as full:
             say(str(full))
+
+    def _read_attempts(self) -> int:
+        return (self.read() or {"attempts": 0})["attempts"]

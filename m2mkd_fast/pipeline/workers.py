@@ -27,6 +27,7 @@ from m2mkd_fast.pipeline.stopping import EXIT_REQUEUE, handle_stop_signals
 from m2mkd_fast.pipeline.workbench import Workbench
 
 _PATIENCE = 60.0  # seconds for a worker to save when the run ends with an error
+_PREPARE = (None, 0)  # an order to make, while there is nothing to do, what most steps need
 _STILLBORN = 3  # workers that may die before their first word; then something is wrong with all of them
 
 
@@ -35,6 +36,7 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     step: str | None = None
+    prepared: bool = False
     spoke: bool = False
     last_words: str = ""
 
@@ -93,6 +95,10 @@ class Workers:
         for (step, after), worker in zip(steps, idle, strict=False):
             worker.step = step.name
             self._say(worker, (step, after))
+        for worker in idle:
+            if not worker.prepared:
+                self._say(worker, _PREPARE)
+                worker.prepared = True
 
     def reports(self, seconds: float) -> Sequence[Report]:
         found: list[Report] = []
@@ -122,7 +128,7 @@ class Workers:
         there.close()  # so that the end of the worker is the end of the pipe
         return _Worker(process, here)
 
-    def _say(self, worker: _Worker, order: tuple[Step, int] | None) -> None:
+    def _say(self, worker: _Worker, order: tuple[Step | None, int] | None) -> None:
         try:
             worker.pipe.send(order)
         except OSError:
@@ -174,7 +180,8 @@ class _PipeProgress:
 
 
 def _work(pipe: Connection, config: dict[str, Any], threads: int, environment: Mapping[str, str]) -> None:
-    os.environ.update(environment)  # before CUDA starts; what it was forked from has an older one
+    os.environ.clear()  # what this was forked from has an older one
+    os.environ.update(environment)  # before CUDA starts
     handle_stop_signals()
     torch.set_num_threads(threads)
     orders: queue.SimpleQueue = queue.SimpleQueue()
@@ -183,6 +190,9 @@ def _work(pipe: Connection, config: dict[str, Any], threads: int, environment: M
     bench, progress = Workbench(run, run.folder), QueueProgress(_PipeProgress(pipe))
     while (order := orders.get()) is not None:
         step, after = order
+        if step is None:
+            bench.teacher_chain()
+            continue
         try:
             report = attempt(bench, step, progress, after)
         except KeyboardInterrupt:

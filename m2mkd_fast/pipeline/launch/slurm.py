@@ -69,7 +69,6 @@ class StepJob:
 
     def _work(self) -> None:
         from m2mkd_fast.pipeline.one_step import run_one_step
-        from m2mkd_fast.pipeline.progress import ProgressDisplay
 
         if self.processes * self.nodes == 1:
             with ProgressDisplay() as progress:
@@ -84,7 +83,7 @@ class StepJob:
                 process.terminate()
                 asked = True
             time.sleep(0.2)
-        if asked:
+        if process.returncode and asked:
             raise Stopped(f"step {self.name} was stopped")
         if process.returncode:
             raise M2MKDError(f"torchrun ended with exit code {process.returncode}; its messages are in the job's log")
@@ -98,8 +97,8 @@ class StepJob:
         job = submitit.JobEnvironment()
         # Every job has a port of its own: two may share a first host.
         port = 29400 + int("".join(filter(str.isdigit, job.job_id))) % 10000
-        options += ["--nnodes", str(self.nodes), "--node-rank", str(job.node), "--rdzv-backend", "c10d"]
-        return [*options, "--rdzv-id", job.job_id, "--rdzv-endpoint", f"{job.hostnames[0]}:{port}"]
+        options += ["--nnodes", str(self.nodes), "--node-rank", str(job.node)]
+        return [*options, "--master-addr", job.hostnames[0], "--master-port", str(port)]
 
 
 class Slurm:
