@@ -15,7 +15,7 @@ from m2mkd_fast.distill.tasks import Task
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.modules.state import weights_hash
 from m2mkd_fast.ops.flops import flop_counter
-from m2mkd_fast.pipeline.batch_source import BatchSource
+from m2mkd_fast.pipeline.batch_source import AugmentedBatches, BatchSource
 from m2mkd_fast.pipeline.budget import (
     Slice,
     allocate,
@@ -26,7 +26,6 @@ from m2mkd_fast.pipeline.budget import (
 )
 from m2mkd_fast.pipeline.checkpoint import Checkpoints
 from m2mkd_fast.pipeline.config import TrainingConfig
-from m2mkd_fast.pipeline.execution import Execution
 from m2mkd_fast.pipeline.plan import Step, round_name
 from m2mkd_fast.pipeline.training import Evaluate
 from m2mkd_fast.pipeline.training_progress import FitResult
@@ -41,11 +40,14 @@ _LOSS_BATCHES = 2  # the same ones before and after, so few are enough to tell b
 
 @dataclass
 class TeachingPair:
-    """A pair before it learns: what is trained, on what, how it is judged, and what making it has cost."""
+    """A pair before it learns: what is trained, on what, how it is judged, and what making it has cost.
+
+    ``source`` is None for the training images, augmented.
+    """
 
     student: nn.Module
     task: Task
-    source: BatchSource
+    source: BatchSource | None
     evaluate: Evaluate
     stitch_fit: dict[str, float]
     flops: float
@@ -62,9 +64,7 @@ def train_round(work: _Work, make_pair: Callable[[bool], TeachingPair]) -> dict[
         The step's result: costs of this round alone, ``slice`` (:class:`~m2mkd_fast.pipeline.budget.Slice`) and
         ``totals``, the running totals of the pair's training.
     """
-    share = _share_of(work.bench, work.step)
-    if share.begin:
-        _take_over(work)
+    share = _begin(work)
     if share.begin and share.end == share.begin:
         last, part = share.earlier[-1], Slice(0, share.loss_before, share.loss_before)
         return {"metrics": {}, "slice": asdict(part), "totals": last["totals"], "weights_hash": last["weights_hash"]}
@@ -84,9 +84,7 @@ def finish_rounds(work: _Work, make_pair: Callable[[bool], TeachingPair]) -> dic
 
     It holds what the equal budget's has, and ``budget.slices``: the pair's slice of every round and of the end.
     """
-    share = _share_of(work.bench, work.step)
-    if share.begin:
-        _take_over(work)
+    share = _begin(work)
     pair = make_pair(not share.begin)
     fitted, part, flops = _train(work, pair, share, pair.evaluate)
     fitted = replace(fitted, flops=flops + sum(result["flops"] for result in share.earlier))
@@ -125,6 +123,14 @@ class _Share:
         """The costs of this step alone, out of the pair's running totals that a resumed training run gives."""
         before = self.earlier[-1]["totals"] if self.earlier else dict.fromkeys(_TOTALS, 0)
         return replace(fitted, **{name: getattr(fitted, name) - before[name] for name in _TOTALS})
+
+
+def _begin(work: _Work) -> _Share:
+    share, execution = _share_of(work.bench, work.step), work.bench.execution
+    if share.begin and execution.is_main:
+        _take_over(work)
+    execution.barrier()
+    return share
 
 
 def _share_of(bench: Workbench, step: Step) -> _Share:
@@ -185,11 +191,11 @@ def _train(
     work: _Work, pair: TeachingPair, share: _Share, evaluate: Evaluate | None = None
 ) -> tuple[FitResult, Slice, float]:
     """Train a pair's share: the running totals of its training, the slice, and all FLOPs of this step."""
-    training, execution = work.config.pair.train, work.bench.execution
+    training = work.config.pair.train
     with flop_counter() as counter:
         before = share.loss_before
         if before is None:
-            before = _loss(pair, execution)
+            before = _loss(work, pair)
     flops = counter.get_total_flops()
     fitted = work.fit(
         pair.task,
@@ -199,21 +205,25 @@ def _train(
         learning_rate=share.learning_rate(training),
     )
     with flop_counter() as counter:
-        after = _loss(pair, execution)
+        after = _loss(work, pair)
     flops += counter.get_total_flops()
     return fitted, Slice(share.end - share.begin, before, after), share.own(fitted).flops + pair.flops + flops
 
 
-def _loss(pair: TeachingPair, execution: Execution) -> float:
+def _loss(work: _Work, pair: TeachingPair) -> float:
     """A pair's mean loss on its first training batches, in evaluation mode."""
+    bench, execution = work.bench, work.bench.execution
     device = execution.accelerator.device
+    source = pair.source or AugmentedBatches(
+        bench.train_split, work.config.pair.train, work.seed, work.config.data, device
+    )
     pair.task.to(device).eval()
     losses = []
     with torch.no_grad(), execution.autocast():
-        for inputs, labels in pair.source.batches(0, _LOSS_BATCHES):
+        for inputs, labels in source.batches(0, _LOSS_BATCHES):
             given = inputs.to(device) if isinstance(inputs, Tensor) else tuple(part.to(device) for part in inputs)
             losses.append(pair.task(given, labels.to(device)).total)
-    loss = torch.stack(losses).double().mean().item()
+    loss = execution.mean(torch.stack(losses).double().mean()).item()
     if not math.isfinite(loss):
         raise M2MKDError(
             f"the pair's loss on its first {_LOSS_BATCHES} batches is {loss}, so nothing can be said about how it "

@@ -26,7 +26,7 @@ from m2mkd_fast.modules.meta import hybrid
 from m2mkd_fast.modules.state import save_module
 from m2mkd_fast.nn.vision_moe import expert_load
 from m2mkd_fast.ops.flops import flop_counter
-from m2mkd_fast.pipeline.batch_source import AugmentedBatches, BatchSource
+from m2mkd_fast.pipeline.batch_source import BatchSource
 from m2mkd_fast.pipeline.checkpoint import Checkpoints
 from m2mkd_fast.pipeline.config import TrainingConfig
 from m2mkd_fast.pipeline.files import Failure, write_json
@@ -240,9 +240,7 @@ def _make_pair(work: _Work, fresh: bool = True) -> TeachingPair:
         flops = float(counter.get_total_flops())
     settings = bench.settings(work.step.arm, pair.train.label_smoothing)
     task = PairTask(student, slot, teacher, meta, prefix, settings)
-    device = bench.execution.accelerator.device
-    source = AugmentedBatches(bench.train_split, pair.train, work.seed, work.config.data, device)
-    return TeachingPair(student, task, source, lambda module: _in_slot(bench, meta, slot, module), stitch_fit, flops)
+    return TeachingPair(student, task, None, lambda module: _in_slot(bench, meta, slot, module), stitch_fit, flops)
 
 
 def _pair(work: _Work) -> dict[str, Any]:
