@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_run import PHASE, tiny
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.pipeline.budget import (
@@ -19,8 +23,10 @@ from m2mkd_fast.pipeline.budget import (
     proportional_shares,
     round_sizes,
 )
-from m2mkd_fast.pipeline.config import make_config
+from m2mkd_fast.pipeline.checkpoint import Checkpoints
+from m2mkd_fast.pipeline.config import BudgetConfig, PairConfig, RunConfig, TrainingConfig, make_config
 from m2mkd_fast.pipeline.plan import plan, training_steps
+from m2mkd_fast.pipeline.run import run
 
 BANDIT = {"pair": {"budget": {"kind": "bandit"}}}
 Curve = Callable[[int], float]
@@ -47,13 +53,13 @@ def totals(given: list[list[int]]) -> list[int]:
 
 
 def test_a_pair_that_has_converged_gets_little_and_one_that_still_falls_gets_more():
-    curves = [falling(1.0, 10.0), falling(1.0, 2000.0), falling(1.0, 10.0), falling(1.0, 10.0)]
+    curves = [falling(1.0, 15.0), falling(1.0, 500.0), falling(1.0, 15.0), falling(1.0, 15.0)]
     for seed in range(5):
         given = spend(curves, seed=seed)
         assert given[0] == [50, 50, 50, 50]
-        late = totals(given[2:])
-        assert late[1] > 0.8 * sum(late)
-        assert max(late[0], late[2], late[3]) < 0.15 * sum(late)
+        late = totals(given[3:])
+        assert late[1] > 0.6 * sum(late)
+        assert max(late[0], late[2], late[3]) < 0.2 * sum(late)
 
 
 def test_the_scale_of_the_losses_does_not_matter():
@@ -126,7 +132,7 @@ def test_all_of_a_round_is_given_and_the_same_by_anybody(history, budget):
     assert shares == allocate([list(part) for part in history], slots=len(history[0]), **budget)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     slots=st.integers(1, 9),
     steps=st.integers(0, 1000),
@@ -135,8 +141,8 @@ def test_all_of_a_round_is_given_and_the_same_by_anybody(history, budget):
     weights=st.lists(st.integers(0, 1000), min_size=1, max_size=9),
 )
 def test_rounds_and_annealing_make_the_whole_budget(slots, steps, rounds, anneal, weights):
-    budget = {"kind": "bandit", "rounds": rounds, "anneal": anneal}
-    config = make_config([{"pair": {"train": {"steps": steps}, "budget": budget}, "arms": ["m2mkd"]}])
+    budget = BudgetConfig(kind="bandit", rounds=rounds, anneal=anneal)
+    config = RunConfig(arms=["m2mkd"], pair=PairConfig(train=TrainingConfig(steps=steps), budget=budget))
     annealing = annealing_steps(config.pair, slots)
     assert sum(round_sizes(config.pair, slots)) + annealing == slots * steps
     pairs = [step for step in plan(config, slots) if step.phase in ("round", "m2mKD")]
@@ -186,3 +192,116 @@ def test_the_plan_has_a_step_a_pair_and_round_and_the_equal_plan_is_as_it_was():
     equal = plan(make_config([{"arms": ["m2mkd", "task"]}]), 3)
     assert [step for step in equal if step.phase == "round"] == []
     assert all(step.needs == ("teacher", "meta", "hybrids") for step in equal if step.phase == "m2mKD")
+
+
+def bandit(folder: Path):
+    """Three pairs, two rounds of seven steps and four of annealing, with all that a pair's state may hold."""
+    return make_config(
+        [
+            tiny(output=str(folder), arms=["m2mkd"], student__stitch_init="least_squares", student__stitch_batches=2),
+            {
+                "pair": {
+                    "train": PHASE | {"steps": 6, "ema_decay": 0.5},
+                    "budget": {"kind": "bandit", "rounds": 2, "slice_steps": 2, "anneal": 0.2},
+                }
+            },
+        ]
+    )
+
+
+def train_pairs(folder: Path) -> Path:
+    return run(bandit(folder), only=lambda step: step.phase == "m2mKD")
+
+
+def results(folder: Path) -> dict[str, dict]:
+    found = (json.loads(path.read_text()) for path in sorted(folder.glob("steps/**/result.json")))
+    return {result["step"]: result for result in found}
+
+
+def outcome(folder: Path) -> dict[str, list]:
+    keys = ("weights_hash", "metrics", "terms", "steps", "images", "flops", "slice", "budget", "stitch_fit")
+    return {name: [result.get(key) for key in keys] for name, result in results(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return train_pairs(tmp_path_factory.mktemp("bandit"))
+
+
+def test_rounds_give_the_whole_budget_and_a_pair_its_whole_result(trained):
+    done = results(trained)
+    pairs = [done[f"m2mkd/pair{i}"] for i in range(3)]
+    assert sum(pair["steps"] for pair in pairs) == 3 * 6
+    history = []
+    for index in range(2):
+        expected = allocate(history, slots=3, steps=7, slice_steps=2, discount=0.2, seed=budget_seed())
+        rounds = [done[f"m2mkd/round{index}/pair{i}"] for i in range(3)]
+        assert [result["steps"] for result in rounds] == [result["slice"]["steps"] for result in rounds] == expected
+        history.append([Slice(**result["slice"]) for result in rounds])
+    for i, pair in enumerate(pairs):
+        slices = [Slice(**part) for part in pair["budget"]["slices"]]
+        assert slices[:2] == [history[0][i], history[1][i]]
+        assert pair["steps"] == sum(part.steps for part in slices)
+        assert pair["images"] == 16 * pair["steps"]
+        # Each goes on from where the one before it ended, and what it costs is counted once.
+        assert [part.loss_before for part in slices[1:]] == [part.loss_after for part in slices[:-1]]
+        assert pair["flops"] > sum(done[f"m2mkd/round{index}/pair{i}"]["flops"] for index in range(2)) > 0
+        lines = [json.loads(line) for line in (trained / f"steps/m2mkd/pair{i}/metrics.jsonl").read_text().splitlines()]
+        losses = [line["step"] for line in lines if "loss" in line]
+        assert losses == sorted(set(losses)) and losses[0] <= 3 and losses[-1] == pair["steps"]
+        assert (trained / f"steps/m2mkd/pair{i}/weights.safetensors").exists()
+        assert set(pair["stitch_fit"]) == ({"post"} if i < 2 else set())
+    kept = {path.parts[-4] + "/" + path.parts[-3] for path in trained.glob("steps/m2mkd/**/checkpoints/*.json")}
+    assert kept == {f"round1/pair{i}" for i in range(3)}
+
+
+def budget_seed() -> int:
+    from m2mkd_fast.data.seeds import derive_seed
+
+    return derive_seed(0, "budget", "m2mkd")
+
+
+class Killed(BaseException):
+    """What ends a process between any two checkpoints."""
+
+
+def test_killed_again_and_again_it_ends_the_same(trained, tmp_path, monkeypatch):
+    """Every start writes three checkpoints at most: what a step takes over, what it saves within and at its end."""
+    shared = [trained / "steps" / name for name in ("teacher", "meta", "hybrids")]
+    for path in shared:
+        shutil.copytree(path, tmp_path / "steps" / path.name)
+    save, left = Checkpoints.save, 0
+
+    def mortal(self, *arguments):
+        nonlocal left
+        if left == 0:
+            raise Killed
+        left -= 1
+        save(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", mortal)
+    starts = 0
+    while f"{bandit(tmp_path).arms[0]}/pair2" not in results(tmp_path):
+        starts, left = starts + 1, 3
+        try:
+            train_pairs(tmp_path)
+        except Killed:
+            assert starts < 20
+    assert starts > 4
+    assert outcome(tmp_path) == outcome(trained)
+
+
+def test_a_damaged_state_falls_back_and_a_lost_one_says_what_to_delete(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "steps/m2mkd/pair1")
+    states = tmp_path / "steps/m2mkd/round1/pair1/checkpoints"
+    newest = max(states.glob("*.safetensors"))
+    damaged = bytearray(newest.read_bytes())
+    damaged[-1] ^= 1
+    newest.write_bytes(damaged)
+    train_pairs(tmp_path)
+    assert outcome(tmp_path) == outcome(trained)
+    for folder in (tmp_path / "steps/m2mkd/pair1", states):
+        shutil.rmtree(folder)
+    with pytest.raises(M2MKDError, match=r"round1/pair1 holds no intact state .* delete .*/m2mkd/round\*/pair1"):
+        train_pairs(tmp_path)
