@@ -126,10 +126,10 @@ class _Share:
 
 
 def _begin(work: _Work) -> _Share:
-    share, execution = _share_of(work.bench, work.step), work.bench.execution
-    if share.begin and execution.is_main:
+    share = _share_of(work.bench, work.step)
+    if share.begin and work.writes:
         _take_over(work)
-    execution.barrier()
+    work.bench.execution.barrier()
     return share
 
 
@@ -180,9 +180,11 @@ def _take_over(work: _Work) -> None:
                 "of this pair again"
             )
         tensors, facts = content
+        work.guard()
         shutil.copyfile(before / "metrics.jsonl", folder / "metrics.jsonl")
         own.save(facts["progress"]["step"], tensors, facts)
     if last > 0:
+        work.guard()
         outdated = bench.step_folder(round_name(step.arm, last - 1, step.slot))
         Checkpoints(outdated / "checkpoints").clear()
 
