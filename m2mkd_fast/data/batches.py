@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from m2mkd_fast.data.augmentation import Rows, TimmTransform, create_augmentation
 from m2mkd_fast.data.image_dataset import Split
+from m2mkd_fast.data.loader import load_in_workers
 from m2mkd_fast.data.seeds import derive_seed, derived_generator, seeded_globals
 from m2mkd_fast.errors import M2MKDError
 
@@ -123,19 +124,6 @@ class _EvalBatchSource(Dataset):
         return self.split.load(torch.arange(first, min(first + self.batch_size, len(self.split))))
 
 
-class _ErrorsAsValues(Dataset):
-    """Hands an error of ours over as a value: a worker process would bury its message in a foreign traceback."""
-
-    def __init__(self, source: Dataset) -> None:
-        self.source = source
-
-    def __getitem__(self, t: int) -> Batch | M2MKDError:
-        try:
-            return self.source[t]
-        except M2MKDError as error:
-            return error
-
-
 def _check_batch(split: Split, batch_size: int) -> None:
     if batch_size < 1:
         raise M2MKDError(f"batch_size={batch_size}: it must be at least 1")
@@ -143,28 +131,10 @@ def _check_batch(split: Split, batch_size: int) -> None:
         raise M2MKDError(f"split {split.name!r} has no images; batches need at least one")
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
 def _iterate(source: Dataset, steps: range, num_workers: int) -> Iterator[Batch]:
     if num_workers == 0:
-        for t in steps:
-            yield source[t]
-        return
-    loader = DataLoader(
-        _ErrorsAsValues(source),
-        batch_size=None,
-        sampler=steps,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        # Without a generator of its own the loader draws from the caller's global state.
-        generator=torch.Generator(),
-    )
-    for batch in loader:
-        if isinstance(batch, M2MKDError):
-            raise batch
-        yield batch
+        return (source[t] for t in steps)
+    return load_in_workers(source, steps, num_workers)
 
 
 def train_batches(
