@@ -1,10 +1,9 @@
-"""Whole runs: every step, killed anywhere and started again, several at a time, and every mistake before long work."""
+"""Whole runs: every step, several at a time, and every mistake before long work; what befalls them: test_faults.py."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_run import PHASE, tiny
+from tiny_run import PHASE, outcome, tiny
 
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.modules.state import save_module
@@ -28,17 +27,6 @@ PUBLISHED = {"recipe": "published", "meta": {"max_hybrid_drop": 100.0, "train": 
 
 def config_of(folder: Path, *layers, **changes):
     return make_config([tiny(output=str(folder), **changes), *layers])
-
-
-def outcome(folder: Path) -> dict[str, tuple]:
-    """Per step everything that must not depend on how the run went: weights, accuracies, losses, work done."""
-    results = {}
-    for path in sorted(folder.glob("steps/**/result.json")):
-        result = json.loads(path.read_text())
-        results[result["step"]] = tuple(
-            json.dumps(result.get(key)) for key in ("weights_hash", "metrics", "terms", "steps", "images", "flops")
-        )
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -78,36 +66,6 @@ def test_a_finished_run_is_not_done_again(undisturbed):
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("result.json")}
 
 
-# A process that kills itself when a given step has logged a given number of lines: in the middle of that phase.
-KILLER = """
-import os, signal, sys
-from m2mkd_fast.pipeline import training
-from m2mkd_fast.pipeline.config import load_config
-from m2mkd_fast.pipeline.run import run
-victim, batches = sys.argv[2], int(sys.argv[3])
-step = training._Run._step
-def lethal(self, t, *arguments):
-    if victim in str(self.folder) and t == batches:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, t, *arguments)
-training._Run._step = lethal
-run(load_config(sys.argv[1]))
-"""
-
-
-@pytest.mark.parametrize("victim", ["scratch/e2e", "teacher", "meta", "m2mkd/pair1", "m2mkd/e2e"])
-def test_killed_in_a_phase_and_started_again_it_ends_the_same(undisturbed, tmp_path, victim):
-    from omegaconf import OmegaConf
-
-    config = config_of(tmp_path / "run")
-    OmegaConf.save(OmegaConf.create(config.to_dict()), tmp_path / "config.yaml")
-    process = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path / "config.yaml"), f"steps/{victim}", "3"])
-    assert process.returncode == -signal.SIGKILL
-    assert victim not in outcome(tmp_path / "run")
-    run(config)
-    assert outcome(tmp_path / "run") == outcome(undisturbed)
-
-
 FITTED = {"student": {"stitch_init": "least_squares", "stitch_batches": 3, "stitches": "folded"}}
 
 
@@ -129,44 +87,6 @@ def test_stitches_are_fitted_before_a_pair_and_folded_after_it(fitted_and_folded
     assert end["cold_test_accuracy"] == end["cold_folded_test_accuracy"]
     model = bench.step_model("m2mkd/e2e")
     assert any(name.endswith("post_stitch.inner.weight") for name in model.state_dict())
-
-
-def test_a_pair_with_fitted_stitches_is_killed_and_ends_the_same(fitted_and_folded, tmp_path):
-    from omegaconf import OmegaConf
-
-    folder, pair = tmp_path / "run", "m2mkd/pair1"
-    shutil.copytree(fitted_and_folded, folder)
-    for step in (pair, "m2mkd/e2e"):
-        shutil.rmtree(folder / "steps" / step)
-    config = config_of(folder, FITTED, arms=["m2mkd", "task"])
-    OmegaConf.save(OmegaConf.create(config.to_dict()), tmp_path / "config.yaml")
-    command = [sys.executable, "-c", KILLER, str(tmp_path / "config.yaml"), f"steps/{pair}", "3"]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
-    assert pair not in outcome(folder)
-    run(config, only=lambda step: step.name == pair)
-    assert outcome(folder)[pair] == outcome(fitted_and_folded)[pair]
-    fits = [Workbench(config, path).result(pair)["stitch_fit"] for path in (folder, fitted_and_folded)]
-    assert fits[0] == fits[1]
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_with_workers_it_ends_the_same(undisturbed, tmp_path):
-    import random
-
-    from omegaconf import OmegaConf
-
-    config = config_of(tmp_path / "run")
-    OmegaConf.save(OmegaConf.create(config.to_dict()), tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "m2mkd_fast", "run", str(tmp_path / "config.yaml"), "--jobs", "2"]
-    moments = random.Random(0)
-    for _ in range(8):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        time.sleep(moments.uniform(4.0, 14.0))
-        process.kill()
-        process.wait()
-        time.sleep(0.5)
-    run(config, jobs=2)
-    assert outcome(tmp_path / "run") == outcome(undisturbed)
 
 
 def test_the_published_recipe_incubates_the_teacher(tmp_path):
@@ -279,28 +199,6 @@ def test_another_configuration_does_not_touch_the_folder(undisturbed):
     assert outcome(undisturbed) == before
 
 
-def test_a_full_disk_is_one_error_and_the_run_goes_on_later(undisturbed, tmp_path):
-    """No file may grow past what the first steps' small files need, so the first checkpoint does not fit."""
-    import resource
-
-    from omegaconf import OmegaConf
-
-    config = config_of(tmp_path / "run")
-    OmegaConf.save(OmegaConf.create(config.to_dict()), tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "m2mkd_fast", "run", str(tmp_path / "config.yaml")]
-    limited = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)),
-    )
-    assert limited.returncode == 2, limited.stderr
-    assert "cannot write" in limited.stderr and "Traceback" not in limited.stderr
-    assert not list((tmp_path / "run").rglob("*.partial"))
-    run(config)
-    assert outcome(tmp_path / "run") == outcome(undisturbed)
-
-
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(M2MKDError, match="cannot write .*file/run"):
@@ -309,7 +207,6 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 @pytest.fixture
 def copied(undisturbed, tmp_path) -> Path:
-    import shutil
 
     return Path(shutil.copytree(undisturbed, tmp_path / "copy"))
 

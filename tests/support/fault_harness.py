@@ -61,7 +61,9 @@ class Harness:
     def __enter__(self) -> Harness:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=environment)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=environment
+        )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -84,8 +86,8 @@ class Harness:
 
 
 def _serve() -> None:
+    sys.modules["pandas"] = None  # scikit-learn does without it; its pyarrow would start a thread
     # Here, so that no fork has to.
-    import sklearn.datasets
 
     import m2mkd_fast.pipeline.run
     import m2mkd_fast.report  # noqa: F401

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -38,3 +40,14 @@ def tiny(**changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         OmegaConf.update(config, key.replace("__", "."), value, merge=False)
     return OmegaConf.to_container(config)
+
+
+def outcome(folder: Path) -> dict[str, tuple]:
+    """Per step everything that must not depend on how the run went: weights, accuracies, losses, work done."""
+    results = {}
+    for path in sorted(folder.glob("steps/**/result.json")):
+        result = json.loads(path.read_text())
+        results[result["step"]] = tuple(
+            json.dumps(result.get(key)) for key in ("weights_hash", "metrics", "terms", "steps", "images", "flops")
+        )
+    return results
