@@ -77,13 +77,14 @@ class Undisturbed:
     def outcome(self, recipe: str = "composable") -> dict[str, tuple]:
         return outcome(self.run(recipe).folder)
 
-    def operations(self, step: str, recipe: str = "composable") -> list[str]:
+    def operations(self, place: str, recipe: str = "composable") -> list[str]:
+        """Those under a step's folder, or under any folder of the run."""
         self.run(recipe)
-        return self.ended[recipe].under(f"steps/{step}/")
+        return self.ended[recipe].under(place)
 
     def at(self, step: str, pattern: str) -> Fault:
         """A kill at the step's first operation that matches; other kinds through ``replace``."""
-        operations = self.operations(step)
+        operations = self.operations(f"steps/{step}/")
         index = next(index for index, operation in enumerate(operations) if re.search(pattern, operation))
         return Fault("kill", f"steps/{step}/", index)
 
@@ -114,7 +115,7 @@ def test_killed_at_random_points_of_every_phase_it_ends_the_same(undisturbed, ha
         recipe = list(RECIPES)[rounds % 2]
         run = Run(harness, tmp_path / f"run{rounds}", recipe)
         for step in STEPS[recipe]:
-            at = draws.randrange(len(undisturbed.operations(step, recipe)))
+            at = draws.randrange(len(undisturbed.operations(f"steps/{step}/", recipe)))
             moment = rounds // 2 % 2 == 1
             fault = Fault("kill later" if moment else "kill", f"steps/{step}/", at, draws.uniform(0.0, 0.3))
             ended = run.start(fault)
@@ -175,7 +176,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_checkpoint_leaves_the_one_before
     # That operation flushes the tensors to the disk; the one before it prepares their folder.
     ended = copied.start(Fault("full disk", fault.place, fault.at - 1))
     assert ended.code == 2, ended.said
-    assert re.search(r"error: step m2mkd/e2e: cannot write \S*00000004.safetensors: .*File too large", ended.said)
+    assert re.search(r"m2mkd: error: .*cannot write .*File too large", ended.said)
     assert "Traceback" not in ended.said
     assert not list(copied.folder.rglob("*.partial"))
     _, facts = Checkpoints(copied.folder / "steps/m2mkd/e2e/checkpoints").load()
@@ -186,15 +187,15 @@ def test_a_disk_that_is_full_in_the_middle_of_a_checkpoint_leaves_the_one_before
     assert outcome(copied.folder) == undisturbed.outcome()
 
 
-def test_a_disk_that_is_full_from_the_start_is_one_error(undisturbed, harness, tmp_path):
+def test_a_disk_that_is_full_from_the_start_is_one_error(harness, tmp_path):
     run = Run(harness, tmp_path / "run")
     ended = run.start(Fault("full disk"))
     assert ended.code == 2, ended.said
-    assert "cannot write" in ended.said and "Traceback" not in ended.said
-    ended = run.start()
-    assert outcome(run.folder) == undisturbed.outcome(), ended.said
+    assert "m2mkd: error: cannot write" in ended.said and "Traceback" not in ended.said
+    assert not [path for path in run.folder.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_a_loader_worker_that_dies_in_a_run_costs_a_warning(undisturbed, copied):
     copied.without("m2mkd/e2e")
     ended = copied.start(Fault("dying loader worker", "steps/m2mkd/e2e/"), ["data.num_workers=1"])
@@ -203,16 +204,14 @@ def test_a_loader_worker_that_dies_in_a_run_costs_a_warning(undisturbed, copied)
     assert outcome(copied.folder) == undisturbed.outcome()
 
 
-def test_two_launchers_of_which_one_is_killed_and_the_others_clock_jumps(undisturbed, harness, tmp_path):
-    """What the dead one held is taken over; nothing is done twice but what it had not finished."""
+def test_two_launchers_of_which_one_is_killed_while_the_others_clock_jumps(undisturbed, harness, tmp_path):
+    """What the dead one held is taken over, and nothing that it had finished is done again."""
     run = Run(harness, tmp_path / "run")
-    kill = undisturbed.at("m2mkd/pair1", r"checkpoints/00000002.json")
-    ended = harness.run_together(
-        run.folder, [(run.command, Fault("jumping clock")), (run.command, kill), (run.command, None)]
-    )
-    assert [each.code for each in ended if each.code != KILLED].count(0) >= 2, "\n\n".join(each.said for each in ended)
-    written = Counter(operation for each in ended for operation in each.operations if operation.endswith("result.json"))
-    assert all(count == 1 for operation, count in written.items() if operation.startswith("os.rename")), written
+    kill = Fault("kill", "steps/", len(undisturbed.operations("steps/")) // 4)
+    ended = harness.run_together(run.folder, [(run.command, Fault("jumping clock")), (run.command, kill)])
+    assert [each.code for each in ended] == [0, KILLED], "\n\n".join(each.said for each in ended)
+    finished = Counter(operation for each in ended for operation in each.operations if "result.json" in operation)
+    assert all(count == 1 for operation, count in finished.items() if operation.startswith("os.rename")), finished
     assert outcome(run.folder) == undisturbed.outcome()
 
 
