@@ -136,6 +136,23 @@ class GraphStage(Stage, nn.Module):
         """The model's own list, as far as the stage holds the names."""
         return self._undecayed & {name for name, _ in self.named_parameters()}
 
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """Which layer a parameter belongs to, for timm's layer-wise learning rates: what the model holds before its
+        first unit, the units in order, each with what stands behind it, and behind the last one the head.
+        """
+        units = [tuple(f"{block}." for block in unit) for unit in self.unit_names]
+        layers, layer = {}, 0
+        for name, _ in self.named_parameters():
+            unit = next((number for number, blocks in enumerate(units, start=1) if name.startswith(blocks)), None)
+            if unit is not None:
+                layer = unit
+            elif name.startswith("pre_stitch."):
+                layer = 0
+            elif layer == len(units) and (self.is_last or name.startswith("post_stitch.")):
+                layer = len(units) + 1
+            layers[name] = float(layer)
+        return layers.__getitem__
+
     def extra_repr(self) -> str:
         return f"units {self.start}..{self.stop - 1} of a {self.model_name}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +83,10 @@ class Stage:
             stitch = self.stitch_class(source.width, target.width, source, target)
             like = self._like()
             setattr(owner, f"{side}_stitch", stitch.to(like.device, like.dtype).train(self.training))
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """Layers for timm's layer-wise learning rates: the stitch before, the units, the stitch after or the head."""
+        return {"pre_stitch": r"^pre_stitch", "units": r"^(?!post_stitch|head|tokenizer)"}
 
     def _stitch_owner(self, side: str) -> nn.Module:
         """The module that holds and applies the stitch of a side."""

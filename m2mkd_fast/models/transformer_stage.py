@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from timm.layers import PatchDropout
@@ -148,6 +149,10 @@ class TransformerStage(Stage, VisionTransformer):
         remove_dropout(stage)
         stage.init_weights(needs_reset=True)
         return stage.requires_grad_(True).train()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's layers of the model's class, behind the stitch before them; a stitch after them counts as a head."""
+        return {"pre_stitch": r"^pre_stitch", **self.model_class.group_matcher(self, coarse)}
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         if self.dist_token is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
@@ -124,3 +125,16 @@ class ModuleChain(nn.Module):
             if hasattr(stage, "no_weight_decay")
             for name in stage.no_weight_decay()
         }
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
+        """Which layer a parameter belongs to, for timm's layer-wise learning rates: the modules' layers in a row.
+
+        A module that does not say what its layers are is one layer; `coarse` makes each of them one.
+        """
+        layers = {}
+        for i, stage in enumerate(self.stages):
+            matcher = None if coarse else getattr(stage, "group_matcher", None)
+            inside = {} if matcher is None else group_parameters(stage, matcher(), reverse=True)
+            for name, _ in stage.named_parameters():
+                layers[f"stages.{i}.{name}"] = (float(i), float(inside.get(name, 0)))
+        return layers.__getitem__

@@ -172,13 +172,14 @@ class _LatentAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        tensors, needed = ctx.saved_tensors[:4], ctx.needs_input_grad[:4]
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[:4]  # read once: activation checkpointing asks for that
+        tensors = saved[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Gradients of the gradient (create_graph=True) come from plain PyTorch: the kernels have none.
             chosen = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
             found = iter(torch.autograd.grad(latent_attention_reference(*tensors), chosen, grad_out, create_graph=True))
             return *(next(found) if need else None for need in needed), None, None
-        arguments = (grad_out, *ctx.saved_tensors, needed[3])
+        arguments = (grad_out, *saved, needed[3])
         if ctx.backend == "triton":
             *grads, grad_affinity = torch.ops.m2mkd_fast._latent_attention_triton_backward(
                 *arguments, ctx.skip_empty_tiles

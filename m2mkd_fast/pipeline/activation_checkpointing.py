@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,22 +70,23 @@ def _collect(module: nn.Module, blocks: list[nn.Module], of_timm: list[nn.Module
 def _checkpointed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
-    again = functools.partial(_first_pass_kept, block)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=again, **options)
+    kept = _MixturesKept(block)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), kept), **options)
 
 
-def _first_pass_kept(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of the first pass and of its repetition."""
-    return nullcontext(), _mixtures_kept(block)
+class _MixturesKept:
+    """What mixtures show of the batch stays that of the first pass: the repetition's would keep its graph in memory.
 
+    A context that can be entered again: with a retained graph every backward pass repeats the forward pass.
+    """
 
-@contextmanager
-def _mixtures_kept(block: nn.Module) -> Iterator[None]:
-    """What mixtures show of the batch stays that of the first pass: the repetition's would keep its graph in memory."""
-    layers = [module for module in block.modules() if isinstance(module, VisionMoE)]
-    before = [(layer.losses, layer.auxiliary_loss, layer.rows_per_expert) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, shown in zip(layers, before, strict=True):
+    def __init__(self, block: nn.Module) -> None:
+        self.layers = [module for module in block.modules() if isinstance(module, VisionMoE)]
+
+    def __enter__(self) -> None:
+        self.shown = [(layer.losses, layer.auxiliary_loss, layer.rows_per_expert) for layer in self.layers]
+
+    def __exit__(self, *exception: object) -> None:
+        for layer, shown in zip(self.layers, self.shown, strict=True):
             layer.losses, layer.auxiliary_loss, layer.rows_per_expert = shown
+        del self.shown

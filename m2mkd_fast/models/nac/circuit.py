@@ -148,6 +148,14 @@ class NeuralAttentiveCircuit(nn.Module):
         """The weighted loss on signatures that `graph_sparsity` asks for, to be added to the task's; 0 if none."""
         return self.graph_sparsity(self.graph)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Layers for timm's layer-wise learning rates: tokenizer, latents with read-in, every propagator, read-out."""
+        return {
+            "tokenizer": r"^input_tokenizer",
+            "read_in": r"^latent_graphs\.0\.(?!propagators|read_out)",
+            "propagators": r"^latent_graphs\.0\.propagators" if coarse else r"^latent_graphs\.0\.propagators\.(\d+)",
+        }
+
     def module_key(self, index: int, key: str, num_modules: int) -> str | None:
         """Where a tensor of a student module belongs in this circuit.
 

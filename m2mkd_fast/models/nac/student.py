@@ -55,6 +55,10 @@ class NACReadIn(Stage, nn.Module):
         states = self.read_in(states, self.codes, self.tokenizer(images))
         return states if self.post_stitch is None else self.post_stitch(states)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Layers for timm's layer-wise learning rates: tokenizer, read-in, stitch."""
+        return {"tokenizer": r"^tokenizer", "read_in": r"^read_in"}
+
 
 class NACMediator(Stage, nn.Module):
     """A module in the middle, between two stitches: ``[B, N, state_dim]`` to the same; all tokens share a saved code.
