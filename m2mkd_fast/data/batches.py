@@ -48,25 +48,31 @@ def batch_indices(size: int, *, batch_size: int, seed: int, t: int, repeats: int
     )
 
 
-def shard_rows(batch_size: int, shard: tuple[int, int], *, mirrored: bool = False) -> Tensor:
+def shard_rows(batch_size: int, shard: tuple[int, int], *, mirrored: bool = False, micro_batches: int = 1) -> Tensor:
     """Positions int64 [batch_size / world] in a batch that belong to `shard` = (rank, world), ascending.
 
     They are a contiguous stretch, so that images that routers group together stay together. With `mirrored` they are
     two, [a, b) and [B - b, B - a): a row and its mirror image `B - 1 - row` are on one rank, as mixing needs that
     pairs a batch with its flip (`timm.data.Mixup`). Mixing the rows of a rank is then taking those rows of the mixed
-    batch.
+    batch. Of a batch that is trained on in `micro_batches`, one after another, every rank gets its part of each.
 
     Raises M2MKDError for a rank outside the world, and where the batch does not divide.
     """
     rank, world = _check_shard(shard)
-    parts = 2 * world if mirrored and world > 1 else world
-    if batch_size % parts:
-        why = f"{world} processes" + (", two stretches each as mixing pairs a batch with its flip" if mirrored else "")
+    mirrored = mirrored and world > 1
+    stretches = micro_batches * world * (2 if mirrored else 1)
+    if batch_size % stretches:
+        factors = [f"{micro_batches} micro-batches"] * (micro_batches > 1) + [f"{world} processes"] * (world > 1)
+        factors += ["2, since mixing pairs a batch with its flip"] * mirrored
         raise M2MKDError(
-            f"batch_size={batch_size} does not divide into {parts} equal parts ({why}); make it a multiple of {parts}"
+            f"batch_size={batch_size} does not divide into {stretches} equal parts ({' times '.join(factors)}); make "
+            f"it a multiple of {stretches}"
         )
-    stretch = torch.arange(rank * (batch_size // parts), (rank + 1) * (batch_size // parts))
-    return torch.cat([stretch, batch_size - 1 - stretch.flip(0)]) if mirrored and world > 1 else stretch
+    size = batch_size // micro_batches
+    own = torch.arange(rank * (batch_size // stretches), (rank + 1) * (batch_size // stretches))
+    if mirrored:
+        own = torch.cat([own, size - 1 - own.flip(0)])
+    return (torch.arange(0, batch_size, size)[:, None] + own).flatten()
 
 
 class TrainBatchSource(Dataset):
@@ -82,12 +88,13 @@ class TrainBatchSource(Dataset):
         repeats: int = 1,
         shard: tuple[int, int] = (0, 1),
         mirrored: bool = False,
+        micro_batches: int = 1,
     ) -> None:
         _check_batch(split, batch_size)
         if repeats < 1:
             raise M2MKDError(f"repeats={repeats}: each image is shown at least once")
         self.split, self.batch_size, self.seed, self.repeats = split, batch_size, seed, repeats
-        self.rows = shard_rows(batch_size, shard, mirrored=mirrored)
+        self.rows = shard_rows(batch_size, shard, mirrored=mirrored, micro_batches=micro_batches)
         self.augmentation = create_augmentation(augmentation)
         if isinstance(self.augmentation, TimmTransform):
             self._transform = self.augmentation.bind(split.image_shape, split.mean, split.std)
@@ -149,6 +156,7 @@ def train_batches(
     num_workers: int = 0,
     shard: tuple[int, int] = (0, 1),
     mirrored: bool = False,
+    micro_batches: int = 1,
 ) -> Iterator[Batch]:
     """Training batches t = start … stop - 1: images float32 [batch_size, C, H, W], labels int64 [batch_size].
 
@@ -160,7 +168,8 @@ def train_batches(
     each image appears so many times in succession, augmented anew: see `batch_indices`.
 
     With `shard` = (rank, world) only that rank's rows of every batch are made, bit for bit those of the whole batch:
-    batch_size / world of them, which ones and what `mirrored` is for says `shard_rows`.
+    batch_size / world of them, which ones, and what `mirrored` and `micro_batches` are for, says
+    `shard_rows`.
 
     Raises M2MKDError for an empty split or impossible numbers, at the call and not at the first batch.
     """
@@ -175,6 +184,7 @@ def train_batches(
         repeats=repeats,
         shard=shard,
         mirrored=mirrored,
+        micro_batches=micro_batches,
     )
     return _iterate(source, range(start, stop), num_workers)
 

@@ -19,16 +19,26 @@ from m2mkd_fast.nn.vision_moe import VisionMoE
 
 
 @contextmanager
-def activation_checkpointing(model: nn.Module) -> Iterator[None]:
+def activation_checkpointing(model: nn.Module, compiled: bool = False) -> Iterator[None]:
     """Inside the block, training passes of ``model`` keep the inputs of its blocks and what lies between them.
 
     Loss and gradients are the same to the last bit, random numbers included; the forward pass of the blocks is computed
     twice. Blocks are those of Vision Transformers (V-MoE and stages too), the layers of a circuit, whole modules of a
     circuit, whole stages of other models, and what timm's ``set_grad_checkpointing`` takes in a model that is whole.
 
+    Args:
+        model: what is trained.
+        compiled: its passes go through :func:`torch.compile`.
+
     Raises:
-        M2MKDError: the model, or a module of the chain, is of a kind that has none of these.
+        M2MKDError: the model is of a kind that has none of these, or it has mixtures of experts and is compiled: what
+            they leave for the loss cannot leave a compiled checkpoint.
     """
+    if compiled and _mixtures(model):
+        raise M2MKDError(
+            "compile=true and checkpoint_activations=true do not go together in a model with mixtures of experts, "
+            "whose balance losses cannot leave a compiled checkpoint; set one of them to false"
+        )
     blocks: list[nn.Module] = []
     of_timm: list[nn.Module] = []
     _collect(model, blocks, of_timm)
@@ -40,7 +50,8 @@ def activation_checkpointing(model: nn.Module) -> Iterator[None]:
         )
     for block in blocks:
         # An attribute of the instance: names of tensors, hooks and class stay as they are.
-        block.forward = functools.partial(_checkpointed, block, block.forward)
+        mixtures = _mixtures(block)
+        block.forward = functools.partial(_checkpointed, block.forward, _MixturesKept(mixtures) if mixtures else None)
     for module in of_timm:
         module.set_grad_checkpointing(True)
     try:
@@ -67,10 +78,15 @@ def _collect(module: nn.Module, blocks: list[nn.Module], of_timm: list[nn.Module
             _collect(child, blocks, of_timm)
 
 
-def _checkpointed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+def _mixtures(block: nn.Module) -> list[VisionMoE]:
+    return [module for module in block.modules() if isinstance(module, VisionMoE)]
+
+
+def _checkpointed(forward: Callable[..., Any], kept: _MixturesKept | None, *inputs: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
-    kept = _MixturesKept(block)
+    if kept is None:  # torch.compile knows checkpoints without contexts
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), kept), **options)
 
 
@@ -80,8 +96,8 @@ class _MixturesKept:
     A context that can be entered again: with a retained graph every backward pass repeats the forward pass.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.layers = [module for module in block.modules() if isinstance(module, VisionMoE)]
+    def __init__(self, layers: list[VisionMoE]) -> None:
+        self.layers = layers
 
     def __enter__(self) -> None:
         self.shown = [(layer.losses, layer.auxiliary_loss, layer.rows_per_expert) for layer in self.layers]

@@ -69,6 +69,7 @@ class AugmentedBatches:
             num_workers=self.data.num_workers,
             shard=self.shard,
             mirrored=self.mixup is not None,
+            micro_batches=self.config.accumulate,
         )
         for t, (images, labels) in zip(itertools.count(start), batches, strict=False):
             images, labels = images.to(self.device), labels.to(self.device)

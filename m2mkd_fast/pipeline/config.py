@@ -135,7 +135,7 @@ class RunConfig:
     seed: int = 0
     threads: int = 0  # CPU threads a step; 0 divides the cores among the jobs
     device: str = "auto"
-    precision: str = "auto"  # "auto": bf16 on a GPU that has it, else float32
+    precision: str = "auto"  # "auto": bf16 on a GPU that has it, else float32; "fp16" scales losses
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trackers: list[str] = field(default_factory=list)  # "tensorboard", "wandb": shown what metrics.jsonl holds
     recipe: str = "composable"

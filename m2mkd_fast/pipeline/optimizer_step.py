@@ -141,7 +141,7 @@ class OptimizerStep:
             if term.requires_grad:
                 scaled = term if self.scaler is None else self.scaler.scale(term)  # fp16 loses small gradients
                 gradients = torch.autograd.grad(scaled, parameters, retain_graph=True, allow_unused=True)
-                norms[name] = float(self.task.gradient_norm(gradients))
+                norms[name] = self.task.gradient_norm(gradients)
         whole = sum(norms.values())
         return {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
 

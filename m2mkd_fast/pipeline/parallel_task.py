@@ -149,7 +149,7 @@ class ParallelTask:
         """Whether :func:`torch.autograd.grad` sees the parameters: FSDP replaces them during a pass."""
         return not any(isinstance(module, FSDPModule) for module in self.task.modules())
 
-    def gradient_norm(self, gradients: Sequence[Tensor | None]) -> Tensor:
+    def gradient_norm(self, gradients: Sequence[Tensor | None]) -> float:
         """Norm of the gradients that ``torch.autograd.grad`` gave in every process, averaged over the processes."""
         given = [gradient.double() for gradient in gradients if gradient is not None]
         squares = [g.square().sum().full_tensor() for g in given if isinstance(g, DTensor)]
@@ -158,7 +158,7 @@ class ParallelTask:
             mean = torch.cat([g.flatten() for g in plain])
             torch.distributed.all_reduce(mean)
             plain = [mean / self.world]
-        return torch.stack([*squares, *(g.square().sum() for g in plain)]).sum().sqrt()
+        return float(torch.stack([*squares, *(g.square().sum() for g in plain)]).sum().sqrt())
 
     @contextmanager
     def whole(self, module: nn.Module) -> Iterator[nn.Module]:

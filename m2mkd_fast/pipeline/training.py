@@ -91,8 +91,11 @@ def fit(
         source = AugmentedBatches(split, config, seed, data, execution.accelerator.device, execution.shard)
     display = progress if execution.is_main else None
     run = _Run(task, source, config, seed, execution, folder, learning_rate, guard, tracker, display, name)
-    with activation_checkpointing(run.task.trainable) if config.checkpoint_activations else nullcontext():
-        return run.train(evaluate, config.steps if until is None else min(until, config.steps))
+    stop = config.steps if until is None else min(until, config.steps)
+    if not config.checkpoint_activations:
+        return run.train(evaluate, stop)
+    with activation_checkpointing(run.task.trainable, config.compile):
+        return run.train(evaluate, stop)
 
 
 class _Run:

@@ -254,6 +254,8 @@ def test_batches_that_do_not_divide_are_named():
         shard_rows(10, (0, 4))
     with pytest.raises(M2MKDError, match="batch_size=6 does not divide into 4 equal parts.*flip.*multiple of 4"):
         shard_rows(6, (0, 2), mirrored=True)
+    with pytest.raises(M2MKDError, match=r"batch_size=8 does not divide into 6 .*\(3 micro-batches times 2 processes"):
+        shard_rows(8, (0, 2), micro_batches=3)
     with pytest.raises(M2MKDError, match=r"shard=\(2, 2\): a rank is from 0 to 1"):
         shard_rows(8, (2, 2))
 
@@ -264,3 +266,16 @@ def test_evaluation_is_shared_out_in_whole_batches(split):
     assert list(eval_batches(split, 1000, shard=(2, 3))) == []  # more processes than batches
     with pytest.raises(M2MKDError, match=r"shard=\(-1, 3\)"):
         eval_batches(split, 100, shard=(-1, 3))
+
+
+@given(world=st.integers(1, 5), micro_batches=st.integers(1, 4), stretch=st.integers(1, 4), mirrored=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_micro_batches_of_all_ranks_are_those_of_the_whole_batch(world, micro_batches, stretch, mirrored):
+    size = 2 * world * stretch * micro_batches
+    shards = [shard_rows(size, (rank, world), mirrored=mirrored, micro_batches=micro_batches) for rank in range(world)]
+    for number, whole in enumerate(torch.arange(size).chunk(micro_batches)):
+        assert torch.equal(torch.cat([rows.chunk(micro_batches)[number] for rows in shards]).sort().values, whole)
+    for rows in shards:
+        assert (rows.diff() > 0).all()
+        if mirrored:
+            assert torch.equal(rows, size - 1 - rows.flip(0))

@@ -156,6 +156,12 @@ def test_a_model_without_blocks_is_named():
         pass
 
 
+def test_mixtures_are_not_compiled_and_checkpointed():
+    nothing = activation_checkpointing(transformer("vmoe_micro.every2", num_experts=2), compiled=True)
+    with pytest.raises(M2MKDError, match="compile=true and checkpoint_activations=true do not go together"), nothing:
+        pass
+
+
 def test_a_trained_run_does_not_depend_on_checkpointed_activations(images):
     weights = []
     for checkpoint in (False, True):
@@ -308,3 +314,23 @@ def test_fp16_finds_its_scale_and_keeps_it_in_checkpoints(images, tmp_path):
     run(tmp_path / "parts", until=7)
     again, same = run(tmp_path / "parts")
     assert torch.equal(weights, same) and again.steps == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"checkpoint_activations": True}], ids=str)
+def test_a_compiled_task_trains_alike_in_one_graph(images, tmp_path, changes):
+    ended, losses = [], []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for compiled in (False, True):
+        task, folder = SupervisedTask(transformer("vit_micro", depth=2)), tmp_path / str(compiled)
+        config = TrainingConfig(
+            steps=5, batch_size=16, evaluate_every=3, checkpoint_every=1, compile=compiled, **changes
+        )
+        fit(task, images, config, seed=0, execution=CPU, folder=folder)
+        ended.append(torch.cat([p.detach().flatten() for p in task.trainable.parameters()]))
+        losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.testing.assert_close(*ended, rtol=1e-3, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
