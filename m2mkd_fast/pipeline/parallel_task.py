@@ -193,9 +193,8 @@ class ParallelTask:
             for experts in _experts(trainable):
                 experts.to(self.device)
             shard_experts(trainable, mesh["expert"])
-            if (
-                shape[0] > 1
-            ):  # also under DDP, which leaves experts alone: their gradients are averaged over "data" here
+            # Also under DDP, which leaves experts alone: this averages their gradients over "data".
+            if shape[0] > 1 or self.fully_sharded:
                 _fully_shard(_experts(trainable), mesh["data"])
         if self.fully_sharded:
             _fully_shard([*_called_modules(root), root], everyone)
@@ -209,8 +208,7 @@ class ParallelTask:
         # Frozen models are the same everywhere, and DTensors see to their gradients themselves.
         ignored = [name for name, tensor in names if name.startswith("frozen.") or isinstance(tensor, DTensor)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, ignored)
-        # A module may hold parameters that its phase does not use, as a student's last stage outside its slot.
-        return DistributedDataParallel(task, find_unused_parameters=True)
+        return DistributedDataParallel(task)
 
 
 def _experts(model: nn.Module) -> list[ExpertMLP]:
