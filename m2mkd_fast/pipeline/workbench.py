@@ -32,7 +32,7 @@ class Workbench:
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.execution = Execution(config.device, config.precision)
+        self.execution = Execution(config.device, config.precision, config.parallel)
 
     @functools.cached_property
     def dataset(self) -> ImageDataset:
@@ -148,10 +148,12 @@ class Workbench:
         )
 
     def accuracies(self, model: nn.Module, prefix: str = "") -> dict[str, float]:
-        """Accuracy in percent on every split that is held out."""
-        device = self.execution.accelerator.device
+        """Accuracy in percent on every split that is held out; the processes of a step share its batches."""
+        execution, device = self.execution, self.execution.accelerator.device
         return {
-            f"{prefix}{name}_accuracy": evaluate_accuracy(model.to(device), split, device=device)
+            f"{prefix}{name}_accuracy": evaluate_accuracy(
+                model.to(device), split, device=device, shard=execution.shard, total=execution.sum
+            )
             for name, split in self.dataset.splits.items()
             if name != "train"
         }
