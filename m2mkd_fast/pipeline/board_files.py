@@ -31,7 +31,7 @@ def read_tail(path: Path) -> Tail:
         return Tail()
     entries = [_object(line) for line in lines[1 if start else 0 :]]
     entries = [entry for entry in entries if count(entry.get("step")) is not None]
-    training = [entry for entry in entries if "loss" in entry]
+    training = [entry for entry in entries if "images_per_second" in entry]  # without a loss if all steps were left out
     evaluations = [entry for entry in entries if accuracies(entry)]
     evaluation = evaluations[-1] if evaluations else {}
     if not training:

@@ -8,6 +8,7 @@ from typing import Any
 from m2mkd_fast.report.budget import budget_table
 from m2mkd_fast.report.costs import ARMS, MODULE_ARMS
 from m2mkd_fast.report.run_folder import flatten, number
+from m2mkd_fast.report.throughput import throughput_table
 from m2mkd_fast.report.units import (
     MISSING,
     Unit,
@@ -82,6 +83,7 @@ def write_markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
         ("## Final accuracy", "final_accuracy.png"),
         ("## Cost per phase", "cost_per_phase.png"),
         ("## Expert load", "expert_load.png"),
+        (None if "expert_load.png" in pictures else "## Expert load", "expert_load_over_time.png"),
     ):
         if name in pictures:
             sections += [title] if title else []
@@ -91,10 +93,12 @@ def write_markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
         sections += ["## Budget", budget, _table(*_without_single(*table))]
         sections += [_picture("budget.png", pictures)] if "budget.png" in pictures else []
     density = _graph_section(results)
-    if density or "learned_graph.png" in pictures:
-        sections.append("## Learned graph")
-        sections += [_picture("learned_graph.png", pictures)] if "learned_graph.png" in pictures else []
+    graph = [name for name in ("learned_graph.png", "graph_density_over_time.png") if name in pictures]
+    if density or graph:
+        sections += ["## Learned graph", *(_picture(name, pictures) for name in graph)]
         sections += [density] if density else []
+    throughput = _throughput_section(results)
+    sections += ["## Throughput and memory", throughput] if throughput else []
     missing = [(run["folder"], sentence) for run in results["runs"] for sentence in run["missing"]]
     sections.append("## Missing")
     if missing:
@@ -273,6 +277,16 @@ def _graph_section(results: dict[str, Any]) -> str | None:
     heads = ["run", "step", "layer", "receivers x senders", "links (%)", f"tiles of {sizes} with a link (%)"]
     heads += ["links of probability 1/2 (%)", "tiles with such a link (%)", "receivers without sender"]
     return _table(*_without_single(heads, rows))
+
+
+def _throughput_section(results: dict[str, Any]) -> str | None:
+    heads, rows = throughput_table(results)
+    text = (
+        "Images a second of training; utilisation is the median of the logged lines, of the device's peak for the "
+        "precision; memory is the most that one process held (on a GPU: allocated there); left out were steps whose "
+        "loss or gradient was not finite."
+    )
+    return f"{text}\n\n{_table(*_without_single(heads, rows))}" if rows else None
 
 
 def _without_single(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

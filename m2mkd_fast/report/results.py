@@ -2,9 +2,9 @@
 
 `results["accuracy"]` holds what a repeated run with the same seed must find again bit for bit (accuracies, losses,
 expert load, density of a learned graph, numbers of steps) and nothing that depends on the machine; `results["cost"]`
-holds FLOPs and seconds. Lists called `runs` have one entry per run folder, in the order given. A statistic over runs is
-`{"mean", "min", "max", "values"}`, or None where no run has the value; a single run has the same keys with its one
-value.
+holds FLOPs and seconds, and what was made of the machine. Lists called `runs` have one entry per run folder, in the
+order given. A statistic over runs is `{"mean", "min", "max", "values"}`, or None where no run has the value; a single
+run has the same keys with its one value.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.report.costs import ARMS, MODULE_ARMS, QUANTITIES, cost_of_run, curve_points
 from m2mkd_fast.report.notes import write_notes
 from m2mkd_fast.report.run_folder import Run, Step, flatten, number
+from m2mkd_fast.report.throughput import throughput_of_run
 
 FORMAT = 1
 ARM_METRICS = {
@@ -41,7 +42,7 @@ def collect_results(runs: Sequence[Run]) -> dict[str, Any]:
         raise M2MKDError("no run folder given; name at least one")
     _require_same_configuration(runs)
     accuracies = [accuracy_of_run(run) for run in runs]
-    costs = [cost_of_run(run) for run in runs]
+    costs = [cost_of_run(run) | {"throughput": throughput_of_run(run)} for run in runs]
     kept_steps = {arm: _common_steps([a["arms"][arm] for a in accuracies]) for arm in ARMS}
     results = {
         "format": FORMAT,

@@ -21,6 +21,8 @@ CAPTIONS = {
     "expert_load.png": "Load of every expert per layer, 1 being an equal share",
     "budget.png": "Steps that a bandit gave to each pair, by round, and how the pairs' losses fell",
     "learned_graph.png": "Probability of a link between latents, receivers by senders, mediators ordered by cluster",
+    "expert_load_over_time.png": "Load of each layer's busiest and least used expert at every evaluation",
+    "graph_density_over_time.png": "Density of the learned graph at every evaluation, layer by layer",
 }
 
 
@@ -68,6 +70,7 @@ def _write_plots(results: dict[str, Any], run: Any, target: Path) -> dict[str, s
     from m2mkd_fast.report.plot_budget import plot_budget
     from m2mkd_fast.report.plot_graph import plot_learned_graph
     from m2mkd_fast.report.plot_losses import plot_pair_losses
+    from m2mkd_fast.report.plot_over_time import plot_expert_load_over_time, plot_graph_density_over_time
     from m2mkd_fast.report.plot_race import plot_accuracy_against_cost
     from m2mkd_fast.report.plot_summaries import plot_cost_per_phase, plot_expert_load, plot_final_accuracy
     from m2mkd_fast.report.style import plot_style, save_figure
@@ -82,6 +85,8 @@ def _write_plots(results: dict[str, Any], run: Any, target: Path) -> dict[str, s
             "expert_load.png": plot_expert_load(results),
             "budget.png": plot_budget(results),
             "learned_graph.png": plot_learned_graph(run),
+            "expert_load_over_time.png": plot_expert_load_over_time(run),
+            "graph_density_over_time.png": plot_graph_density_over_time(run),
         }
         for name, figure in figures.items():
             if figure is None:

@@ -70,6 +70,7 @@ class RunWriter:
         for step in range(1, steps + 1):
             task = 0.5 + 1.8 * math.exp(-step / 40) + 0.12 * self.random.random() + 0.05 * slot
             line: dict[str, Any] = {"step": step, "learning_rate": 5e-4, "images_per_second": 2000.0}
+            line |= {"model_flop_utilisation": 0.25 + 0.1 * (step % 3), "peak_memory_bytes": (1 + slot) << 30}
             line |= {key: value * step / steps for key, value in cost.items()}
             if arm == "task":
                 line |= {"loss": task, "terms": {"task": task}}
@@ -79,7 +80,15 @@ class RunWriter:
                 line |= {"terms": {"task": 0.5 * task, "distillation": 0.5 * distillation, "feature": feature}}
                 line |= {"gradient_share": {"task": 0.6, "distillation": 0.3, "feature": 0.1}}
             lines.append(line)
-        result = {"phase": "m2mKD", "arm": arm, "slot": slot, "steps": steps, **cost}
+        result = {
+            "phase": "m2mKD",
+            "arm": arm,
+            "slot": slot,
+            "steps": steps,
+            "images": 32 * steps,
+            "skipped": slot,
+            **cost,
+        }
         if arm == "m2mkd":
             result["stitch_fit"] = {"pre": 0.9, "post": 0.7} if slot else {"post": 0.7}
         shares, losses = (steps // 2, steps // 4, steps - steps // 2 - steps // 4), (2.5, 1.5, 1.25, 1.0 + 0.1 * slot)
@@ -89,7 +98,7 @@ class RunWriter:
         result |= {"metrics": {"test_accuracy": 70.0 + slot}} if finished else {}
         return self.step(f"{arm}/pair{slot}", lines, **(result if finished else {}))
 
-    def e2e(self, arm: str, finished: bool = True, load: bool = True) -> Path:
+    def e2e(self, arm: str, finished: bool = True, load: bool = True, over_time: bool = False) -> Path:
         cold, final, steps, constant = _SHAPES[arm]
         start, end = cold or 10.0, final + self._noise()
         per_step = {"flops": 2.4e10 if arm == "distill" else 2.0e10, "seconds": 0.21 if arm == "distill" else 0.17}
@@ -100,6 +109,8 @@ class RunWriter:
             spent = {key: value * step for key, value in per_step.items()}
             lines.append({"step": step, "loss": 2.3 - 0.02 * accuracy, **spent} if step else {"step": 0})
             lines.append({"step": step, "test_accuracy": accuracy, "ood_accuracy": accuracy - 30.0, **spent})
+            if over_time:
+                lines[-1] |= self._structure(step / steps)
         if not finished:
             return self.step(f"{arm}/e2e", lines[: len(lines) // 2])
         metrics = {"test_accuracy": end, "ood_accuracy": end - 30.0}
@@ -120,7 +131,7 @@ class RunWriter:
             self._graph(folder)
         return folder
 
-    def everything(self) -> RunWriter:
+    def everything(self, over_time: bool = False) -> RunWriter:
         self.teacher()
         self.meta()
         self.hybrids()
@@ -128,7 +139,7 @@ class RunWriter:
             for slot in range(self.slots):
                 self.pair(arm, slot)
         for arm in ARMS:
-            self.e2e(arm)
+            self.e2e(arm, over_time=over_time)
         return self
 
     def _density(self, layer: str) -> dict[str, Any]:
@@ -137,6 +148,13 @@ class RunWriter:
         probable = {"probable_edges": 0.0625, "probable_tiles": {"16": 0.5, "32": 1.0, "64": 1.0}}
         sizes = {"layer": layer, "receivers": 4 if layer == "read_out" else 16, "senders": 24}
         return {**sizes, "edges": 0.25, "tiles": tiles, **probable, "receivers_without_sender": 0}
+
+    def _structure(self, progress: float) -> dict[str, Any]:
+        """At an evaluation: the load evens out, the graph gets sparser."""
+        uneven = 0.4 * (1 - progress)
+        load = {f"blocks.{block}": [0.25 + uneven / block, 0.25 - uneven / block, 0.25, 0.25] for block in (3, 5)}
+        density = {"edges": 1 - 0.75 * progress, "probable_edges": 0.5 - 0.4 * progress}
+        return {"expert_load": load, "graph_density": {"propagators.0": density, "read_out": density}}
 
     def _graph(self, folder: Path) -> None:
         """Four cliques of mediators, and random links elsewhere."""
@@ -161,3 +179,9 @@ def run_writer(tmp_path: Path) -> type[RunWriter]:
 def complete_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished four-arm run; tests only read it."""
     return RunWriter(tmp_path_factory.mktemp("runs") / "glyphs").everything().folder
+
+
+@pytest.fixture(scope="session")
+def watched_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `complete_run`, with the load of experts and the density of graphs at every evaluation."""
+    return RunWriter(tmp_path_factory.mktemp("runs") / "glyphs").everything(over_time=True).folder

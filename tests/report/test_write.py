@@ -14,6 +14,8 @@ from rich.console import Console
 
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.report import summary_table, write_frontier, write_report
+from m2mkd_fast.report.plot_over_time import plot_expert_load_over_time, plot_graph_density_over_time
+from m2mkd_fast.report.run_folder import read_run
 from m2mkd_fast.report.units import flop_unit, join_words, significant, time_unit
 from m2mkd_fast.report.write import CAPTIONS
 
@@ -33,14 +35,14 @@ def has_colour(pixels: np.ndarray, colour: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def report(complete_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report on the complete run, in a folder of its own."""
-    return write_report(complete_run, tmp_path_factory.mktemp("report")).parent
+def report(watched_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report on the watched run, in a folder of its own."""
+    return write_report(watched_run, tmp_path_factory.mktemp("report")).parent
 
 
-def test_every_file_is_written_and_the_run_folder_left_alone(report: Path, complete_run: Path) -> None:
+def test_every_file_is_written_and_the_run_folder_left_alone(report: Path, watched_run: Path) -> None:
     assert {path.name for path in report.iterdir()} == {"report.md", "results.json", *CAPTIONS}
-    assert {path.name for path in complete_run.iterdir()} == {"config.yaml", "run.json", "steps"}
+    assert {path.name for path in watched_run.iterdir()} == {"config.yaml", "run.json", "steps"}
 
 
 @pytest.mark.parametrize("name", sorted(CAPTIONS))
@@ -68,6 +70,8 @@ def test_the_report_says_what_the_results_hold(report: Path) -> None:
     assert "EPYC 7B13" in text
     assert "`0123abcd`" in text
     assert "| `pairs.alpha` | `0.5` |" in text
+    assert "| m2mKD | 464 | 35.0 | 4.00 | 12 |" in text  # eight pairs of 200 steps, slot i left out i
+    assert "| teacher | - | - | - | - |" in text  # of before there were such lines
     assert "Nothing: every step of the four arms finished." in text
     for name in CAPTIONS:
         assert f"]({name})" in text
@@ -161,6 +165,20 @@ def test_several_runs_share_one_report(tmp_path: Path, run_writer: type) -> None
     assert "| **Seeds** | 0, 1 |" in text
     assert "| seed1 | 3 | 83.0 |" in text
     assert_picture(path.parent / "final_accuracy.png")
+
+
+def test_load_and_density_over_time_are_drawn_as_far_as_they_are_known(tmp_path: Path, run_writer: type) -> None:
+    run = read_run(run_writer(tmp_path / "old").everything().folder)
+    assert plot_expert_load_over_time(run) is None and plot_graph_density_over_time(run) is None
+    load = [[0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [float("nan"), 0.5, 0.5]]
+    entries = [{"step": 10 * i, "test_accuracy": 1.0, "expert_load": {"blocks.1": load[i]}} for i in range(3)]
+    writer = run_writer(tmp_path / "new")
+    writer.step("m2mkd/e2e", [*entries, {"step": 30, "test_accuracy": 1.0, "expert_load": {"blocks.1": "?"}}])
+    run = read_run(writer.folder)
+    busiest, least = plot_expert_load_over_time(run).axes[0].lines
+    assert (list(busiest.get_xdata()), list(busiest.get_ydata())) == ([0, 10], pytest.approx([1.5, 1.2]))
+    assert list(least.get_ydata()) == pytest.approx([0.6, 0.6])
+    assert plot_graph_density_over_time(run) is None
 
 
 def test_results_are_json_even_where_numbers_are_not_finite(tmp_path: Path, run_writer: type) -> None:
