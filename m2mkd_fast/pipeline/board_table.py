@@ -35,6 +35,9 @@ class BoardTable:
         self.board, self.framed = board, framed
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.board.rows:
+            yield Text(summary(self.board) if self.framed else "")
+            return
         rows = most_telling(self.board.rows, max(options.max_height - _LINES_AROUND, 1))
         cells = [_cells(row) for row in rows]
         widths = [max([len(head), *(len(own[index]) for own in cells)]) for index, head in enumerate(_HEADS)]

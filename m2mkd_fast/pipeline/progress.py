@@ -278,7 +278,8 @@ class ProgressDisplay(_Events):
                 seconds_left=None if pace is None else pace * max(0, running.total - running.done),
                 host="",
             )
-        return BoardTable(Board(self._board.folder, tuple(rows.values())), framed=self._reader is not None)
+        framed = self._reader is not None and bool(rows)  # there are none yet while the run is being opened
+        return BoardTable(Board(self._board.folder, tuple(rows.values())), framed)
 
     def _of(self, step: str) -> _Running:
         if step not in self._running:

@@ -114,6 +114,9 @@ def test_the_table_holds_what_others_do_and_what_is_still_to_come(tmp_path) -> N
         (tmp_path / "steps" / name / "lease" / "1.json").write_text(json.dumps(lease))
     console, output = terminal()
     clock = Clock()
+    with ProgressDisplay(console, clock=clock, folder=tmp_path / "opened later") as display:
+        display._live.refresh()
+    assert shown(output).strip() == ""
     with ProgressDisplay(console, clock=clock, folder=tmp_path) as display:
         display.start("pair0", 20)
         clock.now += 5.0
