@@ -6,6 +6,7 @@ cannot be read counts as not there yet. Of files that grow only the end is read.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -211,12 +212,13 @@ class BoardReader:
         """The lease with the highest number, and for how many seconds it has been silent."""
         folder = self._step(name, "lease")
         try:
-            numbers = sorted((int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal()), reverse=True)
+            found = [file.removesuffix(".json") for file in os.listdir(folder) if file.endswith(".json")]
         except OSError:
             return {}, 0.0
-        for highest in numbers:  # the highest may have vanished or be of a moment ago
+        # The highest may have vanished since, or be of a moment ago.
+        for highest in sorted((int(stem) for stem in found if stem.isdecimal()), reverse=True):
             path = folder / f"{highest}.json"
-            lease, written = read_object(path), signature(path)
+            lease, written = self._once(path, read_object), signature(path)
             if lease and written:
                 return lease, self._silence(path, lease.get("heartbeat"), written[1] / 1e9)
         return {}, 0.0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 _TAIL_BYTES = 1 << 16
+_PACE_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Tail:
 
 
 def read_tail(path: Path) -> Tail:
+    """The last lines of a ``metrics.jsonl``; only those that matter are decoded."""
     try:
         with path.open("rb") as file:
             start = max(0, file.seek(0, 2) - _TAIL_BYTES)
@@ -29,22 +32,29 @@ def read_tail(path: Path) -> Tail:
             lines = file.read(_TAIL_BYTES).split(b"\n")
     except OSError:
         return Tail()
-    entries = [_object(line) for line in lines[1 if start else 0 :]]
-    entries = [entry for entry in entries if count(entry.get("step")) is not None]
-    training = [entry for entry in entries if "images_per_second" in entry]  # without a loss if all steps were left out
-    evaluations = [entry for entry in entries if accuracies(entry)]
-    evaluation = evaluations[-1] if evaluations else {}
+    lines = lines[1 if start else 0 :][::-1]
+    # A training line has no loss where all its steps were left out, but always a pace.
+    training = _entries((line for line in lines if b'"images_per_second"' in line), _PACE_LINES)
+    evaluation = _entries((line for line in lines if b'_accuracy"' in line), 1)
+    last = evaluation[0] if evaluation else {}
     if not training:
-        return Tail(evaluation=evaluation)
-    return Tail(training[-1], evaluation, training[-1]["step"], _pace(training))
+        return Tail(evaluation=last)
+    return Tail(training[0], last, training[0]["step"], _pace(training[0], training[-1]))
 
 
-def _pace(training: Sequence[Mapping[str, Any]]) -> float | None:
-    """Seconds of a training step over the last lines, or from the beginning where there is but one."""
-    last, before = training[-1], next((entry for entry in training if entry["step"] < training[-1]["step"]), {})
-    seconds, earlier = number(last.get("seconds")), number(before.get("seconds")) or 0.0
-    steps = last["step"] - before.get("step", 0)
-    return (seconds - earlier) / steps if seconds is not None and steps > 0 and seconds > earlier else None
+def _entries(lines: Iterable[bytes], most: int) -> list[dict[str, Any]]:
+    """The first so many lines that are entries."""
+    decoded = (_object(line) for line in lines)
+    return list(islice((entry for entry in decoded if count(entry.get("step")) is not None), most))
+
+
+def _pace(last: Mapping[str, Any], earlier: Mapping[str, Any]) -> float | None:
+    """Seconds of a training step between two lines, or from the beginning where there is but one."""
+    if earlier["step"] >= last["step"]:
+        earlier = {}
+    steps = last["step"] - earlier.get("step", 0)
+    until, since = number(last.get("seconds")), number(earlier.get("seconds")) or 0.0
+    return (until - since) / steps if until is not None and steps > 0 and until > since else None
 
 
 def accuracies(metrics: Any) -> str:

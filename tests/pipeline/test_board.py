@@ -159,6 +159,16 @@ def test_the_time_left_is_that_of_the_critical_path_or_of_the_workers(folder):
     assert ended.finished and ended.seconds_left() == ended.seconds_left(3) == 0.0
 
 
+def test_the_pace_is_that_of_the_last_lines(folder):
+    """Two hundred quick steps, then twenty lines of slow ones; a line without a loss is one, too."""
+    quick = [line(10 * i, seconds=1.0 * i) for i in range(1, 21)]
+    slow = [line(200 + 10 * i, seconds=20.0 + 50.0 * i) for i in range(1, 21)]
+    put(folder / "plan.json", [{**PLAN[1], "training_steps": 410, "needs": []}])
+    put(folder / "steps/meta/metrics.jsonl", "".join([*quick, *slow[:-1], slow[-1].replace('"loss"', '"gone"')]))
+    meta = rows(folder)["meta"]
+    assert (meta.done, meta.loss, meta.seconds_left) == (400, None, pytest.approx(50.0))
+
+
 def test_a_budget_may_give_a_step_more_than_was_planned(folder):
     put(folder / "steps/meta/metrics.jsonl", line(60))
     meta = rows(folder)["meta"]

@@ -12,9 +12,14 @@ import torch
 from torch import nn
 
 from m2mkd_fast import create_model
+from m2mkd_fast.data import create_dataset
+from m2mkd_fast.distill.tasks import SupervisedTask
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.pipeline import metrics, utilisation
+from m2mkd_fast.pipeline.config import TrainingConfig
+from m2mkd_fast.pipeline.execution import Execution
 from m2mkd_fast.pipeline.metrics import Meter, MetricsFile, flat_numbers, model_facts
+from m2mkd_fast.pipeline.training import fit
 
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
@@ -150,3 +155,41 @@ def test_a_circuit_shows_its_density_by_layer():
 
 def test_other_models_have_nothing_to_show():
     assert model_facts(nn.Linear(2, 2)) == {}
+
+
+def test_training_writes_them_down_and_goes_on_with_them(tmp_path):
+    """Stopped half-way and gone on with, or not: the same lines but for what the clock says."""
+    split = create_dataset("digits", image_size=8, images_per_class=4).splits["train"]
+    config = TrainingConfig(steps=4, batch_size=8, evaluate_every=2, checkpoint_every=2)
+    options = {"embed_dim": 8, "depth": 2, "num_heads": 2, "num_experts": 3, "img_size": 8, "in_chans": 1}
+
+    def train(folder, **more):
+        torch.manual_seed(0)
+        task = SupervisedTask(create_model("vmoe_micro.m2mkd", **options))
+
+        def evaluate(model):
+            model.eval()(split.load(torch.arange(8))[0])
+            return {"test_accuracy": 50.0}
+
+        execution = Execution(device="cpu", precision="float32")
+        fit(task, split, config, seed=1, folder=folder, evaluate=evaluate, execution=execution, **more)
+        return lines(folder / "metrics.jsonl")
+
+    seen = []
+    whole = train(tmp_path / "whole", tracker=seen.append)
+    assert whole == json.loads(json.dumps(seen))
+    logged, evaluated = ([entry for entry in whole if key in entry] for key in ("loss", "test_accuracy"))
+    assert [entry["step"] for entry in logged] == [2, 4] and [entry["step"] for entry in evaluated] == [0, 2, 4]
+    for entry in logged:
+        assert entry["peak_memory_bytes"] > 1 << 20
+        assert entry["recent_images_per_second"] > 0 and 0 < entry["model_flop_utilisation"] < 1
+    assert all(entry["expert_load"] and entry["expert_imbalance"] for entry in evaluated)
+
+    train(tmp_path / "stopped", until=2)
+    timed = {"seconds", "images_per_second", "recent_images_per_second", "model_flop_utilisation", "peak_memory_bytes"}
+    stopped = [
+        [{key: value for key, value in entry.items() if key not in timed} for entry in entries]
+        for entries in (train(tmp_path / "stopped"), whole)
+    ]
+    assert stopped[0] == stopped[1]
+    assert [row["step"] for row in table(tmp_path / "stopped/metrics.jsonl")] == ["0", "2", "2", "4", "4"]
