@@ -1,11 +1,7 @@
 """Progress of running steps: one table on a terminal, plain lines elsewhere.
 
 The process that owns the terminal holds one `ProgressDisplay`. Worker processes report through a `QueueProgress`, which
-has the same methods and puts picklable dictionaries on a multiprocessing queue; the owner forwards them with
-`display.listen(queue)`:
-
-    with ProgressDisplay() as display, display.listen(queue):
-        ...  # start workers, each with QueueProgress(queue)
+has the same methods and hands them on as picklable dictionaries, for `ProgressDisplay.event` in the owner.
 """
 
 from __future__ import annotations
@@ -13,11 +9,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import Empty
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -25,10 +19,9 @@ from rich.live import Live
 from rich.text import Text
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
-from m2mkd_fast.pipeline.board import RUNNING, Board, BoardReader, Row
+from m2mkd_fast.pipeline.board import FAILED, FINISHED, RUNNING, Board, BoardReader, Row
 from m2mkd_fast.pipeline.board_table import BoardTable, duration
 
-_POLL_SECONDS, _LONGEST_WAIT = 0.1, 10.0
 _LOOK_EVERY = 1.0  # seconds between looks into the run folder, for what others do
 EVENT_KINDS = ("start", "update", "finish", "message")
 
@@ -92,7 +85,7 @@ class _Events:
 
 
 class QueueProgress(_Events):
-    """Reports of a worker process, put on a queue that the parent's `ProgressDisplay.listen` reads.
+    """Reports of a worker process, put into anything that has ``put``: a queue, a pipe's end.
 
     Updates come at most every `interval` seconds per step: a queue that fills faster than it is read grows without
     bound.
@@ -190,41 +183,6 @@ class ProgressDisplay(_Events):
         except KeyError as error:
             raise M2MKDError(f"progress event {dict(event)!r} lacks {error.args[0]!r}; send it along") from error
 
-    @contextmanager
-    def listen(self, queue: Any) -> Iterator[None]:
-        """Shows the events that come out of `queue`, to the last one that is in it when the block ends.
-
-        A report that cannot be shown does not stop the ones after it; the first such error is raised at the end. End
-        the workers inside the block: a multiprocessing queue holds a worker's last events only once it has been joined.
-        """
-        errors: list[Exception] = []
-        ended = threading.Event()
-
-        def forward() -> None:
-            while True:
-                last_look = ended.is_set()
-                try:
-                    event = queue.get(timeout=_POLL_SECONDS)
-                except Empty:
-                    if last_look:
-                        return
-                    continue
-                try:
-                    self.event(event)
-                except Exception as error:
-                    errors.append(error)
-
-        listener = threading.Thread(target=forward, name="progress", daemon=True)
-        listener.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            # A worker killed in the middle of a write leaves half an event, on which `get` waits for ever.
-            listener.join(timeout=_LONGEST_WAIT)
-        if errors:
-            raise errors[0]
-
     def _on_start(self, event: Mapping[str, Any]) -> None:
         name, total, done = event["step"], int(event["total"]), int(event.get("done", 0))
         now = self._clock()
@@ -266,9 +224,11 @@ class ProgressDisplay(_Events):
             self._looked, self._board = now, self._reader.read()
         rows = {row.name: row for row in self._board.rows}
         for name, running in list(self._running.items()):
-            pace = _pace(running, now)
+            known, pace = rows.get(name, Row(name)), _pace(running, now)
+            if known.state in (FAILED, FINISHED):
+                continue  # its worker here has died, and others went on
             rows[name] = replace(
-                rows.get(name, Row(name)),
+                known,
                 state=RUNNING,
                 done=running.done,
                 total=running.total,

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import queue
 import re
 import threading
@@ -128,6 +127,12 @@ def test_the_table_holds_what_others_do_and_what_is_still_to_come(tmp_path) -> N
     assert re.search(r"pair2 +waiting", text)
     # pair0 has 10 of its steps to go at half a second each, pair2 is thought to take as long a step
     assert "0 of 3 steps finished, 2 running, 1 waiting; about 20 s left on the critical path" in text
+    (tmp_path / "steps" / "pair0" / "result.json").write_text('{"steps": 20, "metrics": {"test_accuracy": 75.0}}')
+    output.seek(0)
+    with ProgressDisplay(console, clock=clock, folder=tmp_path) as display:
+        display.start("pair0", 20)  # another one has finished it since the worker here died
+        display._live.refresh()
+    assert re.search(r"pair0 +finished +━+.* 20/20 +test 75.0 %", shown(output))
 
 
 def test_drawing_and_printing_do_not_wait_for_each_other() -> None:
@@ -216,45 +221,6 @@ def test_queue_reports_are_thinned_but_starts_and_ends_are_not() -> None:
     progress.finish("meta")
     received = [events.get_nowait() for _ in range(events.qsize())]
     assert [event["kind"] for event in received] == ["start", *["update"] * 25, "finish"]
-
-
-def report_from_worker(events: multiprocessing.Queue, slot: int) -> None:
-    progress = QueueProgress(events, interval=0.0)
-    progress.start(f"m2mkd/pair{slot}", 20)
-    for done in range(1, 21):
-        progress.update(f"m2mkd/pair{slot}", done, loss=0.5)
-    progress.finish(f"m2mkd/pair{slot}", "done")
-
-
-def test_worker_processes_report_through_a_queue() -> None:
-    context = multiprocessing.get_context("fork")
-    events = context.Queue()
-    display, output = plain(interval=0.0)
-    with display, display.listen(events):
-        workers = [context.Process(target=report_from_worker, args=(events, slot)) for slot in range(3)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(timeout=30)
-    lines = output.getvalue().splitlines()
-    assert sorted(line for line in lines if line.endswith(", done")) == [
-        f"m2mkd/pair{slot}: finished in 0 s, done" for slot in range(3)
-    ]
-    assert len(lines) == 3 * 22
-
-
-def test_listening_goes_on_after_a_wrong_event_and_raises_it_at_the_end() -> None:
-    events: queue.Queue = queue.Queue()
-    display, output = plain()
-
-    def listen() -> None:
-        with display, display.listen(events):
-            events.put({"kind": "update", "step": "nobody", "done": 1})
-            events.put({"kind": "message", "message": "still here"})
-
-    with pytest.raises(UnknownNameError, match="nobody"):
-        listen()
-    assert output.getvalue() == "still here\n"
 
 
 @pytest.mark.parametrize(
