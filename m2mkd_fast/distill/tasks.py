@@ -5,6 +5,7 @@ The trainable part is ``task.trainable``; everything else in a task is frozen an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,11 @@ class Task(nn.Module):
     def __init__(self, trainable: nn.Module, *frozen: nn.Module) -> None:
         super().__init__()
         self.trainable = trainable
-        self.frozen = nn.ModuleList(frozen)
+        self.frozen = nn.ModuleList()
+        self._freeze(*frozen)
+
+    def _freeze(self, *modules: nn.Module) -> None:
+        self.frozen.extend(modules)
         self.frozen.requires_grad_(False)
         self.train()
 
@@ -120,11 +125,33 @@ class MetaFromTeacher(Task):
         return PairLoss(torch.stack(tuple(terms.values())).sum(), terms)
 
 
-class PairTask(Task):
+class _Slot(Task):
+    """A student's module before the frozen modules that follow its slot in the meta model."""
+
+    def __init__(self, student: nn.Module, index: int, meta: ModuleChain, settings: DistillationSettings) -> None:
+        if not 0 <= index < len(meta):
+            raise M2MKDError(f"slot {index} is not one of the meta model's {len(meta)} slots 0 ... {len(meta) - 1}")
+        hybrid(meta, index, student)
+        # Nothing else of the meta model is held: a module without memory may stand in the other slots.
+        super().__init__(student, nn.Sequential(*meta[index + 1 :]))
+        self.index, self.last = index, index == len(meta) - 1
+        self.settings = settings
+
+    def _loss(
+        self, inputs: Tensor, labels: Tensor, target: Tensor | None = None, teacher_logits: Tensor | None = None
+    ) -> PairLoss:
+        """Loss of what the student makes of its input; `target` and `teacher_logits` where the settings need them."""
+        output = self.trainable(inputs)
+        feature = None if self.last else (output, target)
+        loss = _logit_loss(self.frozen[0](output), teacher_logits, labels, self.settings, feature)
+        return self._with_regularisers(loss)
+
+
+class PairTask(_Slot):
     """One teaching pair: a student's module learns to do in slot ``index`` what the teacher's module does there.
 
     The student's module and the teacher's get the same input, made by the earlier modules of ``prefix``, and both
-    outputs go on through the later, frozen modules of the meta model to logits.
+    outputs go on through the later, frozen modules of the meta model to logits. The task holds only these modules.
 
     Args:
         student: the student's module with its stitches.
@@ -148,34 +175,48 @@ class PairTask(Task):
         prefix: ModuleChain,
         settings: DistillationSettings,
     ) -> None:
-        if not 0 <= index < len(meta):
-            raise M2MKDError(f"slot {index} is not one of the meta model's {len(meta)} slots 0 ... {len(meta) - 1}")
-        distils = settings.alpha > 0 or settings.feature_weight > 0
-        if distils and teacher is None:
-            raise M2MKDError(
-                "distillation and feature terms need a teacher; pass one, or set alpha=0 and feature_weight=0"
-            )
-        # Both modules hand features of one layout to one slot, or nothing that is compared here means anything.
-        for module in (student, *([teacher[index]] if distils else [])):
-            hybrid(meta, index, module)
-        super().__init__(student, meta, prefix, *([teacher] if distils else []))
-        self.index = index
-        self.settings = settings
+        super().__init__(student, index, meta, settings)
+        self._freeze(nn.Sequential(*prefix[:index]))
+        if settings.alpha > 0 or settings.feature_weight > 0:
+            if teacher is None:
+                raise M2MKDError(
+                    "distillation and feature terms need a teacher; pass one, or set alpha=0 and feature_weight=0"
+                )
+            # Both modules hand features of one layout to one slot, or nothing that is compared here means anything.
+            hybrid(meta, index, teacher[index])
+            self._freeze(teacher[index])
 
     def forward(self, images: Tensor, labels: Tensor) -> PairLoss:
-        meta, prefix = self.frozen[0], self.frozen[1]
-        i, last = self.index, self.index == len(meta) - 1
+        following, earlier, *taught = self.frozen
         target = teacher_logits = None
         with torch.no_grad():
-            inputs = prefix.run(images, 0, i)
-            if len(self.frozen) == 3:
-                target = self.frozen[2].run(inputs, i, i + 1)
-                teacher_logits = meta.run(target, i + 1)
-        output = self.trainable(inputs)
-        student_logits = meta.run(output, i + 1)
-        feature = None if last else (output, target)
-        loss = _logit_loss(student_logits, teacher_logits, labels, self.settings, feature)
-        return self._with_regularisers(loss)
+            inputs = earlier(images)
+            if taught:
+                target = taught[0](inputs)
+                teacher_logits = following(target)
+        return self._loss(inputs, labels, target, teacher_logits)
+
+
+class CachedPairTask(_Slot):
+    """A teaching pair whose frozen modules have computed already: see :func:`m2mkd_fast.distill.features.pair_features`.
+
+    Teacher and earlier modules are not needed, so this holds only the student's module and the later ones of the meta
+    model. With float32 features its loss is that of :class:`PairTask` bit for bit, with float16 up to their rounding.
+
+    ``forward`` takes, for the images, the tensors that ``reads`` names, in that order, in any floating-point dtype.
+
+    Args and errors: as of :class:`PairTask`.
+    """
+
+    def __init__(self, student: nn.Module, index: int, meta: ModuleChain, settings: DistillationSettings) -> None:
+        super().__init__(student, index, meta, settings)
+        compares = settings.feature_weight > 0 and not self.last
+        wanted = {"inputs": True, "target": compares, "teacher_logits": settings.alpha > 0}
+        self.reads = tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+    def forward(self, features: Sequence[Tensor], labels: Tensor) -> PairLoss:
+        given = {name: feature.float() for name, feature in zip(self.reads, features, strict=True)}
+        return self._loss(labels=labels, **given)
 
 
 def _logit_loss(

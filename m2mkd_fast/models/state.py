@@ -6,9 +6,9 @@ import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,7 +49,8 @@ def load_strict(
 
     Args:
         module: what to load into; on an error it is unchanged.
-        state: tensors by name.
+        state: tensors by name. One on the meta device stands for one that is not wanted, in a module that has no memory
+            for it either: its name and its shape are checked all the same.
         source: where they come from (a file, a slot), for the error message.
         allow_missing: shell patterns of names that the state may lack.
         allow_unexpected: shell patterns of names that the module may lack.
@@ -60,7 +61,7 @@ def load_strict(
             has no memory to copy into (it is on the meta device).
     """
     target = module.state_dict(keep_vars=True)
-    if any(tensor.is_meta for tensor in target.values()):
+    if any(tensor.is_meta and not (name in state and state[name].is_meta) for name, tensor in target.items()):
         raise M2MKDError(
             f"{os.fspath(source)} cannot be loaded into a {type(module).__name__} on the meta device, which has no "
             "memory; build the module on a real device"
@@ -89,6 +90,8 @@ def load_strict(
             problems.append(
                 f"misshapen {described(name, state[name].shape)}, the module has {list(target[name].shape)}"
             )
+            continue
+        if target[name].is_meta:
             continue
         first = first_name.setdefault(id(target[name]), name)
         if state[first] is not state[name] and not torch.equal(state[first], state[name]):
@@ -147,8 +150,13 @@ def save_module(path: str | os.PathLike[str], module: nn.Module, metadata: Mappi
     return digest
 
 
-def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, object]]:
+def read_state(
+    path: str | os.PathLike[str], without: Iterable[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     """State (all names of a shared tensor restored) and metadata of a file written by `save_module`, on the CPU.
+
+    The whole file is read and its hash compared, tensor by tensor; those named in `without` are then forgotten, and
+    stand in the state as tensors on the meta device.
 
     Raises:
         M2MKDError: no such file, a truncated or altered one, or one that `save_module` has not written.
@@ -164,14 +172,20 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
                     f"{path} is a safetensors file of another program (its format is {header.get('format')!r}, "
                     f"{FORMAT!r} is expected); read it with safetensors and load it with `load_strict`"
                 )
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = _FileTensors(file, json.loads(header["aliases"]))
+            intact = _hash(tensors) == header["weights_hash"]
+            left_out, state = set(without), dict[str, Tensor]()
+            for name, first in tensors.stored.items():
+                if name in left_out:
+                    state[name] = torch.empty_like(tensors[name], device="meta")
+                else:
+                    shared = first in state and not state[first].is_meta
+                    state[name] = state[first] if shared else tensors[name]
     except (OSError, SafetensorError) as error:
         raise M2MKDError(
             f"{path} is truncated or no safetensors file: {error}; delete it and run the step that makes it again"
         ) from error
-    for name, first in json.loads(header["aliases"]).items():
-        state[name] = state[first]
-    if _hash(state) != header["weights_hash"]:
+    if not intact:
         raise M2MKDError(
             f"the weights in {path} are not those that were written (their hash differs); delete it and run the step "
             "that makes it again"
@@ -179,15 +193,50 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
     return state, json.loads(header["metadata"]) | {"weights_hash": header["weights_hash"]}
 
 
-def load_module(path: str | os.PathLike[str], module: nn.Module) -> dict[str, object]:
+def load_module(path: str | os.PathLike[str], module: nn.Module, *, partly: bool = False) -> dict[str, object]:
     """Load a file written by `save_module` into a module, strictly.
 
-    The result is the metadata the file was written with, and its `weights_hash`. Raises M2MKDError as `read_state` and
-    `load_strict` do.
+    The result is the metadata the file was written with, and its `weights_hash`. With `partly` the module's tensors on
+    the meta device stay there: of the file's values for them only name, shape and hash are checked, and no memory is
+    taken. Raises M2MKDError as `read_state` and `load_strict` do.
     """
-    state, metadata = read_state(path)
+    target = module.state_dict(keep_vars=True) if partly else {}
+    state, metadata = read_state(path, without=(name for name, tensor in target.items() if tensor.is_meta))
     load_strict(module, state, path)
     return metadata
+
+
+def give_memory(*modules: nn.Module) -> None:
+    """Replace parameters on the meta device by ones on the CPU whose values are whatever was there.
+
+    A parameter that the modules share stays shared. Buffers stay as they are: build a module whose values are to come
+    from a file with `accelerate.init_empty_weights(include_buffers=False)`, for not all buffers are in files.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for part in (part for module in modules for part in module.modules()):
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    empty = torch.empty_like(parameter, device="cpu")
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                part._parameters[name] = made[id(parameter)]
+
+
+class _FileTensors(Mapping[str, Tensor]):
+    """The tensors of an open safetensors file under all their names, each read when it is asked for."""
+
+    def __init__(self, file: Any, aliases: Mapping[str, str]) -> None:
+        self.file = file
+        self.stored = {name: name for name in file.keys()} | dict(aliases)  # noqa: SIM118 (not a mapping)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file.get_tensor(self.stored[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
 
 def _hash(state: Mapping[str, Tensor]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from m2mkd_fast.models.state import (
     Loaded,
+    give_memory,
     is_stitch,
     load_module,
     load_strict,
@@ -12,4 +13,4 @@ from m2mkd_fast.models.state import (
     weights_hash,
 )
 
-__all__ = ["Loaded", "is_stitch", "load_module", "load_strict", "read_state", "save_module", "weights_hash"]
+__all__ = ["Loaded", "give_memory", "is_stitch", "load_module", "load_strict", "read_state", "save_module", "weights_hash"]
