@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,18 +206,41 @@ def load_module(path: str | os.PathLike[str], module: nn.Module, *, partly: bool
     return metadata
 
 
+def build_without_memory(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model whose parameters are on the meta device, and whose buffers are real: not all of those are in files.
+
+    Some models cannot be built like that: a saved one, which comes with its values, or one that makes buffers on the
+    device of its parameters (timm's Swin). Those are built whole first, which takes their memory for a moment.
+    """
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = build()
+        if not any(buffer.is_meta for buffer in model.buffers()):
+            return model
+    except (M2MKDError, NotImplementedError, RuntimeError):
+        pass  # what is wrong beside the missing values, the next attempt says
+    model = build()
+    _move_parameters(model, device="meta")
+    return model
+
+
 def give_memory(*modules: nn.Module) -> None:
     """Replace parameters on the meta device by ones on the CPU whose values are whatever was there.
 
-    A parameter that the modules share stays shared. Buffers stay as they are: build a module whose values are to come
-    from a file with `accelerate.init_empty_weights(include_buffers=False)`, for not all buffers are in files.
+    A parameter that the modules share stays shared.
     """
+    _move_parameters(*modules, device="cpu")
+
+
+def _move_parameters(*modules: nn.Module, device: str) -> None:
     made: dict[int, nn.Parameter] = {}
     for part in (part for module in modules for part in module.modules()):
         for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta:
+            if parameter is not None and parameter.is_meta != (device == "meta"):
                 if id(parameter) not in made:
-                    empty = torch.empty_like(parameter, device="cpu")
+                    empty = torch.empty_like(parameter, device=device)
                     made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 part._parameters[name] = made[id(parameter)]
 

@@ -29,7 +29,7 @@ def preflight(bench: Workbench) -> int:
         if training.optimizer not in optimizers:
             raise UnknownNameError("optimizer", training.optimizer, optimizers)
     train_batches(bench.train_split, batch_size=1, seed=0, stop=1, augmentation=config.data.augmentation)
-    teacher = bench.teacher_chain()
+    teacher = bench.teacher()[1]
     if teacher.num_classes != bench.dataset.num_classes:
         raise M2MKDError(
             f"the teacher has {teacher.num_classes} classes, {config.data.spec!r} has {bench.dataset.num_classes}; "
@@ -38,7 +38,7 @@ def preflight(bench: Workbench) -> int:
     if not {"m2mkd", "task"} & set(config.arms):
         bench.student_model()
         return len(teacher)
-    meta, students = bench.meta(), bench.student_modules()
+    meta, students = bench.meta(teacher), bench.student_modules()
     check_compatible(teacher, meta, students)
     images, labels = next(iter(eval_batches(bench.train_split, 2)))
     prefix = teacher if config.pair.prefix == "teacher" else meta

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from m2mkd_fast.modules.assemble import Assembly, assemble
 from m2mkd_fast.modules.chain import ModuleChain
 from m2mkd_fast.modules.meta import hybrid, meta_model
 from m2mkd_fast.modules.split import split
-from m2mkd_fast.modules.state import load_module, load_strict
+from m2mkd_fast.modules.state import build_without_memory, give_memory, load_module, load_strict
 from m2mkd_fast.modules.student import student_modules
 from m2mkd_fast.pipeline.config import RunConfig
 from m2mkd_fast.pipeline.execution import Execution
@@ -62,17 +63,30 @@ class Workbench:
         return model, split(model, config.parts, self.dataset.image_shape)
 
     @functools.cached_property
-    def _untrained_teacher(self) -> ModuleChain:
-        """Never trained, only copied: cutting a model along its graph costs a few seconds."""
-        return self.teacher()[1]
+    def _teacher_shape(self) -> tuple[nn.Module, ModuleChain]:
+        """The teacher and its chain without memory for parameters: cutting along a graph costs a few seconds."""
+        config = self.config.teacher
+        model = build_without_memory(lambda: self._model(config.model, config.options, "teacher"))
+        return model, split(model, config.parts, self.dataset.image_shape)
+
+    @property
+    def slots(self) -> int:
+        return len(self._teacher_shape[1])
 
     def teacher_chain(self) -> ModuleChain:
         """The teacher's modules as they are before the run trains anything."""
-        return copy.deepcopy(self._untrained_teacher)
+        config = self.config.teacher
+        model, chain = copy.deepcopy(self._teacher_shape)
+        give_memory(model, chain)
+        if config.weights:
+            load_pretrained(model, Path(config.weights))
+        else:
+            load_strict(model, self._model(config.model, config.options, "teacher").state_dict(), config.model)
+        return chain
 
-    def meta(self) -> ModuleChain:
-        """The meta model, freshly initialised."""
-        teacher = self._untrained_teacher
+    def meta(self, teacher: ModuleChain | None = None) -> ModuleChain:
+        """The meta model, freshly initialised, from the untrained teacher if that is there already."""
+        teacher = self.teacher_chain() if teacher is None else teacher
         torch.manual_seed(self.seed("meta"))
         return meta_model(teacher, self.config.meta.depth)
 
@@ -82,7 +96,7 @@ class Workbench:
 
     def student_modules(self) -> list[nn.Module]:
         """The student's modules, freshly initialised, stitched to the teacher's cuts."""
-        teacher, model = self._untrained_teacher, self.student_model()
+        teacher, model = self._teacher_shape[1], self.student_model()
         circuit = hasattr(model, "module_key")
         tokens = self.config.student.tokens
         if tokens == "teacher":
@@ -94,10 +108,10 @@ class Workbench:
     def assembled(self, modules: list[nn.Module], stitches: str) -> Assembly:
         return assemble(modules, into=self.student_model() if stitches == "dropped" else None, stitches=stitches)
 
-    def load(self, module: nn.Module, step: str) -> nn.Module:
-        """Fill a module with the weights that a finished step made."""
+    def load(self, module: nn.Module, step: str, *, partly: bool = False) -> nn.Module:
+        """Fill a module, or that part of it which has memory, with the weights that a finished step made."""
         path = self.step_folder(step) / "weights.safetensors"
-        metadata = load_module(path, module)
+        metadata = load_module(path, module, partly=partly)
         result = self.result(step)
         if result is None or metadata["weights_hash"] != result["weights_hash"]:
             raise M2MKDError(f"{path} is not the file that step {step} wrote; delete {path.parent} to make it again")
@@ -107,11 +121,17 @@ class Workbench:
     def teacher_step(self) -> str:
         return "ft" if self.config.meta.source == "labels" else "teacher"
 
-    def trained_teacher(self) -> ModuleChain:
-        return self.load(self.teacher_chain(), self.teacher_step)
+    def trained_teacher(self, slots: Iterable[int] | None = None) -> ModuleChain:
+        """The finished teacher; with `slots`, the other modules are without memory."""
+        return self._trained(copy.deepcopy(self._teacher_shape[1]), self.teacher_step, slots)
 
-    def trained_meta(self) -> ModuleChain:
-        return self.load(self.meta(), "meta")
+    def trained_meta(self, slots: Iterable[int] | None = None) -> ModuleChain:
+        """The finished meta model; with `slots`, the other modules are without memory."""
+        return self._trained(meta_model(self._teacher_shape[1], self.config.meta.depth), "meta", slots)
+
+    def _trained(self, chain: ModuleChain, step: str, slots: Iterable[int] | None) -> ModuleChain:
+        give_memory(*(chain[slot] for slot in (range(len(chain)) if slots is None else slots)))
+        return self.load(chain, step, partly=True)
 
     def step_model(self, name: str) -> nn.Module:
         """The model that a finished step made, as something that maps images to logits."""
