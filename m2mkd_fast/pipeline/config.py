@@ -108,6 +108,8 @@ class PairConfig:
     kd_reduction: str = "batchmean"
     feature_weight: float = 3.0
     prefix: str = "teacher"  # whose earlier modules make the pair's input: "teacher" or "meta"
+    cache: bool = False  # what pairs need of frozen modules is computed once and read from disk
+    cache_batches: int = 0  # distinct batches that are kept, and come again after the last; 0: one for every step
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     train: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -256,6 +258,10 @@ def check_values(config: RunConfig) -> None:
         raise M2MKDError(f"pair.tau must be positive, got {config.pair.tau}")
     if config.pair.feature_weight < 0:
         raise M2MKDError(f"pair.feature_weight must not be negative, got {config.pair.feature_weight}")
+    if config.pair.cache_batches < 0:
+        raise M2MKDError(f"pair.cache_batches must not be negative, got {config.pair.cache_batches}")
+    if config.pair.cache_batches and not config.pair.cache:
+        raise M2MKDError(f"pair.cache_batches={config.pair.cache_batches} is read with pair.cache=true only; set both")
     _check_budget(config.pair.budget)
     if config.meta.source == "labels" and config.teacher.weights:
         raise M2MKDError(

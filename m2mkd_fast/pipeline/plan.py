@@ -14,8 +14,8 @@ class Step:
 
     Attributes:
         name: also its folder; an arm's steps stand in the arm's folder.
-        phase: teacher, PT (meta model), MT (teacher's modules in the meta model), FT (teacher), hybrids, round (a
-            pair's part of a bandit's budget), m2mKD (a pair, or its end), E2E.
+        phase: teacher, PT (meta model), MT (teacher's modules in the meta model), FT (teacher), hybrids, cache
+            (features that all pairs read), round (a pair's part of a bandit's budget), m2mKD (a pair, or its end), E2E.
         needs: names of the steps whose results it reads.
         arm: which of the compared ways to train the student it belongs to; None for what the arms share.
         slot: the slot, 0 ... L-1, of a module's step.
@@ -50,9 +50,11 @@ def plan(config: RunConfig, slots: int) -> list[Step]:
         steps.append(Step("distill/e2e", "E2E", (teacher,), arm="distill"))
     if needs_modules:
         steps.append(Step("hybrids", "hybrids", (teacher, "meta")))
+    if needs_modules and config.pair.cache:
+        steps.append(Step("cache", "cache", (teacher, "meta", "hybrids")))
     for arm in ("m2mkd", "task"):
         if arm in config.arms:
-            needs: tuple[str, ...] = (teacher, "meta", "hybrids")
+            needs: tuple[str, ...] = (teacher, "meta", "hybrids", *(("cache",) if config.pair.cache else ()))
             ready = needs
             for index in range(config.pair.budget.rounds if config.pair.budget.kind == "bandit" else 0):
                 names = [round_name(arm, index, i) for i in range(slots)]

@@ -12,6 +12,7 @@ from torch import nn
 
 from m2mkd_fast.data import train_batches
 from m2mkd_fast.distill.tasks import (
+    CachedPairTask,
     DistillationSettings,
     MetaFromTeacher,
     PairTask,
@@ -27,6 +28,7 @@ from m2mkd_fast.modules.state import save_module
 from m2mkd_fast.nn.vision_moe import expert_load
 from m2mkd_fast.ops.flops import flop_counter
 from m2mkd_fast.pipeline.batch_source import BatchSource
+from m2mkd_fast.pipeline.caching import cached_batches, make_cache
 from m2mkd_fast.pipeline.checkpoint import Checkpoints
 from m2mkd_fast.pipeline.config import TrainingConfig
 from m2mkd_fast.pipeline.files import Failure, write_json
@@ -226,21 +228,38 @@ def check_hybrids(result: dict[str, Any], max_drop: float) -> None:
         )
 
 
+def _cache(work: _Work) -> dict[str, Any]:
+    return make_cache(work.bench, work.step.name, work.progress.message)
+
+
 def _make_pair(work: _Work, fresh: bool = True) -> TeachingPair:
-    """Build a pair. One that is not `fresh` gets its weights from a checkpoint, so no stitches are fitted for it."""
+    """Build a pair. One that is not `fresh` gets its weights from a checkpoint, so no stitches are fitted for it.
+
+    Modules of the teacher and the meta model that the pair does not use get no memory.
+    """
     bench, pair, slot = work.bench, work.config.pair, work.step.slot
-    teacher, meta = bench.trained_teacher(), bench.trained_meta()
-    prefix = teacher if pair.prefix == "teacher" else meta
-    students = bench.student_modules()
-    student, stitch_fit, flops = students[slot], {}, 0.0
+    settings = bench.settings(work.step.arm, pair.train.label_smoothing)
+    meta = bench.trained_meta(i for i in range(bench.slots) if i != slot)
+    students, stitch_fit, flops = bench.student_modules(), {}, 0.0
     # The arm `task` learns from labels alone, so nothing of the teacher's may be in where it starts.
-    if fresh and work.config.student.stitch_init == "least_squares" and work.step.arm != "task":
+    fits = fresh and work.config.student.stitch_init == "least_squares" and work.step.arm != "task"
+    if fits or not pair.cache:
+        earlier = range(slot) if pair.prefix == "teacher" else ()
+        taught = (slot,) if fits or settings.alpha > 0 or settings.feature_weight > 0 else ()
+        teacher = bench.trained_teacher((*earlier, *taught))
+        prefix = teacher if pair.prefix == "teacher" else meta
+    if fits:
         with flop_counter() as counter:
             stitch_fit = _fit_stitches(bench, students, slot, teacher, prefix)
         flops = float(counter.get_total_flops())
-    settings = bench.settings(work.step.arm, pair.train.label_smoothing)
-    task = PairTask(student, slot, teacher, meta, prefix, settings)
-    return TeachingPair(student, task, None, lambda module: _in_slot(bench, meta, slot, module), stitch_fit, flops)
+    source: BatchSource | None = None
+    if pair.cache:
+        task: Task = CachedPairTask(students[slot], slot, meta, settings)
+        source = cached_batches(bench, task, work.progress.message)
+    else:
+        task = PairTask(students[slot], slot, teacher, meta, prefix, settings)
+    evaluate = partial(_in_slot, bench, meta, slot)
+    return TeachingPair(students[slot], task, source, evaluate, stitch_fit, flops)
 
 
 def _pair(work: _Work) -> dict[str, Any]:
@@ -269,8 +288,9 @@ def _fit_stitches(
         augmentation=config.data.augmentation,
         num_workers=config.data.num_workers,
     )
-    for module in (*students, teacher, prefix):
-        module.to(device)
+    for module in (*students, *teacher, *prefix):
+        if not any(parameter.is_meta for parameter in module.parameters()):
+            module.to(device)
     images = [images.to(device) for images, _ in batches]
     return {fit.side: fit.explained for fit in fit_stitches(students, teacher, images, slots=[slot], prefix=prefix)}
 
@@ -308,6 +328,8 @@ def _in_slot(bench: Workbench, meta: ModuleChain, slot: int, module: nn.Module) 
 
 
 def _headline(result: dict[str, Any]) -> str:
+    if result["phase"] == "cache":
+        return f"{result['cache']['batches']} batches in {result['cache']['bytes'] / 1e6:.1f} MB"
     if result["phase"] == "round":
         part = result["slice"]
         return f"{part['steps']} steps, loss {part['loss_before']:.4g} to {part['loss_after']:.4g}"
@@ -324,6 +346,7 @@ _PHASES: dict[str, Callable[[_Work], dict[str, Any]]] = {
     "MT": _incubate,
     "FT": _finetune_teacher,
     "hybrids": _hybrids,
+    "cache": _cache,
     "round": _round,
     "m2mKD": _pair,
     "E2E": _end_to_end,

@@ -46,6 +46,10 @@ class Workbench:
     def step_folder(self, name: str) -> Path:
         return self.folder / "steps" / name
 
+    def cache_folder(self, key: str) -> Path:
+        """Where the features of a key are, see :mod:`m2mkd_fast.pipeline.caching`."""
+        return self.folder / "cache" / key[:16]
+
     def result(self, name: str) -> dict[str, Any] | None:
         """What a step reported, or None where it is not finished."""
         path = self.step_folder(name) / "result.json"
@@ -150,8 +154,8 @@ class Workbench:
             if arm in ("scratch", "distill") or stitches == "dropped":
                 return self.load(self.student_model(), name)
             return self.load(self.assembled(self.student_modules(), stitches).model, name)
-        if phase == "hybrids":
-            raise M2MKDError("step hybrids made no model; evaluate teacher, meta, a pair or an arm's e2e")
+        if phase in ("hybrids", "cache"):
+            raise M2MKDError(f"step {name} made no model; evaluate teacher, meta, a pair or an arm's e2e")
         return self.load(self.meta() if phase == "PT" else self.teacher_chain(), name)
 
     def settings(self, arm: str, training_smoothing: float) -> DistillationSettings:
@@ -172,7 +176,12 @@ class Workbench:
         execution, device = self.execution, self.execution.accelerator.device
         return {
             f"{prefix}{name}_accuracy": evaluate_accuracy(
-                model.to(device), split, device=device, shard=execution.shard, total=execution.sum
+                model.to(device),
+                split,
+                device=device,
+                class_mask=split.class_mask if name == "ood" else None,
+                shard=execution.shard,
+                total=execution.sum,
             )
             for name, split in self.dataset.splits.items()
             if name != "train"

@@ -1,0 +1,207 @@
+"""Features of batches on disk: written once in shards with checksums, read by memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from m2mkd_fast.atomic import write_atomically
+from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.pipeline.files import read_json, write_json
+
+FORMAT = "m2mkd_fast.features/1"
+LABELS = "labels"
+SHARD_BYTES = 64 * 2**20  # of the largest feature in a shard; one batch at least
+_LARGEST_HALF = torch.finfo(torch.float16).max
+
+Make = Callable[[int, int], Iterator[Mapping[str, Tensor]]]
+
+
+class FeatureCache:
+    """Batches 0 ... N-1 of named features and their labels in a folder.
+
+    Shard n holds batches nK ... (n+1)K - 1, each feature in a file of its own (``<feature>-<n>.safetensors``), so that
+    a pair reads its own and no others. ``shard-<n>.json`` is written after a shard's files and holds their checksums,
+    ``index.json`` after the last shard. Floating-point features are float16, or float32 in a shard where values exceed
+    its range (65504); labels stay as they are. A file's checksum is compared when the file is first opened.
+
+    Args:
+        folder: of this cache alone.
+        make: gives batches ``start ... stop - 1`` as mappings of features, and of "labels", to tensors ``[B, ...]``.
+            Called to write, and again where a file is damaged.
+        say: is told what was damaged, and what did not fit into float16.
+    """
+
+    def __init__(self, folder: Path, make: Make, say: Callable[[str], None] = lambda message: None) -> None:
+        self.folder, self.make, self.say = folder, make, say
+        self._index: dict[str, Any] | None = None
+        self._opened: dict[str, tuple[int, Any]] = {}
+        self._intact: set[Path] = set()
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """What :meth:`write` wrote down: facts, number of batches, batches of a shard, images of a batch.
+
+        Raises:
+            M2MKDError: the cache was never finished, or the index is damaged or of another format.
+        """
+        if self._index is None:
+            path = self.folder / "index.json"
+            if not path.is_file():
+                raise M2MKDError(f"{self.folder} holds no finished cache; the step `cache` makes it")
+            index = read_json(path)
+            if index.get("format") != FORMAT:
+                raise M2MKDError(f"{path} has the format {index.get('format')!r}, {FORMAT!r} is expected; delete it")
+            self._index = index
+        return self._index
+
+    def write(
+        self, batches: int, facts: Mapping[str, Any], after_shard: Callable[[int], None] = lambda done: None
+    ) -> dict[str, Any]:
+        """Make what is not there yet, shard by shard, then the index; return it.
+
+        Args:
+            batches: N.
+            facts: JSON-able, what the features were made from.
+            after_shard: told the number of batches that are there; what it raises stops the work between two shards.
+
+        Raises:
+            M2MKDError: features that are not finite, or a disk that is full. What was written stays and is not made
+                again.
+        """
+        first = next(iter(self.make(0, 1)))
+        largest = max(feature.numel() for feature in first.values()) * 2
+        each = min(batches, max(1, SHARD_BYTES // largest))
+        self._index = {
+            "format": FORMAT,
+            "facts": dict(facts),
+            "batches": batches,
+            "batches_per_shard": each,
+            "images_per_batch": len(first[LABELS]),
+        }
+        shards = range(math.ceil(batches / each))
+        for shard in shards:
+            if self._facts_of(shard) is None:
+                self._write_shard(shard)
+            after_shard(min(batches, (shard + 1) * each))
+        described = [self._facts_of(shard) for shard in shards]
+        self._index["bytes"] = sum(file["bytes"] for shard in described for file in shard["files"].values())
+        self._index["seconds"] = sum(shard["seconds"] for shard in described)
+        write_json(self.folder / "index.json", self._index)
+        return self._index
+
+    def read(self, feature: str, t: int) -> Tensor:
+        """A feature of batch ``t`` (of batch t mod N beyond the last), as a view of the mapped file.
+
+        A file that is damaged or missing is made again, which is said.
+        """
+        index = self.index
+        shard, place = divmod(t % index["batches"], index["batches_per_shard"])
+        if self._opened.get(feature, (None, None))[0] != shard:
+            self._opened[feature] = shard, self._open(feature, shard)
+        images = index["images_per_batch"]
+        return self._opened[feature][1][place * images : (place + 1) * images]
+
+    def _open(self, feature: str, shard: int) -> Any:
+        path = self._path(feature, shard)
+        if path not in self._intact:
+            problem = self._problem(feature, shard)
+            if problem:
+                self.say(f"{path} {problem}; its shard is made again")
+                self._write_shard(shard)
+                problem = self._problem(feature, shard)
+                if problem:
+                    raise M2MKDError(f"{path} {problem}, although it was written a moment ago; is the disk at fault?")
+            self._intact.add(path)
+        return safe_open(path, framework="pt").get_slice("values")
+
+    def _problem(self, feature: str, shard: int) -> str:
+        """What is wrong with a file, empty if nothing is."""
+        path, facts = self._path(feature, shard), self._facts_of(shard)
+        if not path.is_file():
+            return "is missing"
+        if facts is None or feature not in facts["files"]:
+            return "has no checksum"
+        return "" if _digest(path) == facts["files"][feature]["sha256"] else "is damaged (its checksum differs)"
+
+    def _facts_of(self, shard: int) -> dict[str, Any] | None:
+        """Checksums of a shard whose files are all there, else None."""
+        try:
+            facts = json.loads(self._path("shard", shard, "json").read_text())
+            sizes = {name: self._path(name, shard).stat().st_size for name in facts["files"]}
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+            return None
+        return facts if sizes == {name: file["bytes"] for name, file in facts["files"].items()} else None
+
+    def _write_shard(self, shard: int) -> None:
+        started = time.perf_counter()
+        start = shard * self.index["batches_per_shard"]
+        stop = min(start + self.index["batches_per_shard"], self.index["batches"])
+        parts: dict[str, list[Tensor]] = {}
+        for t, batch in zip(range(start, stop), self.make(start, stop), strict=True):
+            for name, feature in batch.items():
+                parts.setdefault(name, []).append(self._stored(feature, name, t).cpu())
+        files = {}
+        for name, stored in parts.items():
+            path, digest = self._path(name, shard), []
+            values = torch.cat(stored)  # float32 where one of them is
+
+            def write(temporary: Path, values: Tensor = values, digest: list[str] = digest) -> None:
+                save_file({"values": values}, temporary)
+                digest.append(_digest(temporary))
+
+            write_atomically(path, write)
+            files[name] = {"sha256": digest[0], "bytes": path.stat().st_size, "dtype": str(values.dtype)}
+        write_json(self._path("shard", shard, "json"), {"files": files, "seconds": time.perf_counter() - started})
+
+    def _stored(self, feature: Tensor, name: str, t: int) -> Tensor:
+        if name == LABELS or not feature.is_floating_point():
+            return feature
+        largest = float(feature.abs().max())
+        if not math.isfinite(largest):
+            raise M2MKDError(
+                f"feature {name} of batch {t} is not finite, so no pair could learn from it; look at the teacher's and "
+                "the meta model's losses, or use precision=float32"
+            )
+        if largest > _LARGEST_HALF:
+            self.say(f"feature {name} of batch {t} reaches {largest:.4g}, too much for float16: stored as float32")
+        return feature.to(torch.float16 if largest <= _LARGEST_HALF else torch.float32)
+
+    def _path(self, name: str, shard: int, ending: str = "safetensors") -> Path:
+        return self.folder / f"{name}-{shard:05d}.{ending}"
+
+
+class CachedBatches:
+    """The batches of a pair out of a cache: a tuple of its features in the order that the task reads them, and labels.
+
+    Beyond the last batch that the cache holds it begins again with the first, with the same augmentation.
+
+    Args:
+        cache: finished.
+        features: names of those that the pair reads.
+        shard: (rank, processes) that share a batch: contiguous rows, as equal in number as possible.
+    """
+
+    def __init__(self, cache: FeatureCache, features: Sequence[str], shard: tuple[int, int] = (0, 1)) -> None:
+        self.cache, self.features, self.shard = cache, tuple(features), shard
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        (rank, processes), images = self.shard, self.cache.index["images_per_batch"]
+        rows = slice(rank * images // processes, (rank + 1) * images // processes)
+        for t in range(start, stop):
+            yield tuple(self.cache.read(name, t)[rows] for name in self.features), self.cache.read(LABELS, t)[rows]
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
