@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,13 +215,11 @@ def build_without_memory(build: Callable[[], nn.Module]) -> nn.Module:
     """
     from accelerate import init_empty_weights
 
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = build()
+    # What is wrong beside the missing values, the second attempt says.
+    with suppress(M2MKDError, NotImplementedError, RuntimeError), init_empty_weights(include_buffers=False):
+        model = build()
         if not any(buffer.is_meta for buffer in model.buffers()):
             return model
-    except (M2MKDError, NotImplementedError, RuntimeError):
-        pass  # what is wrong beside the missing values, the next attempt says
     model = build()
     _move_parameters(model, device="meta")
     return model

@@ -14,4 +14,14 @@ from m2mkd_fast.models.state import (
     weights_hash,
 )
 
-__all__ = ["Loaded", "build_without_memory", "give_memory", "is_stitch", "load_module", "load_strict", "read_state", "save_module", "weights_hash"]
+__all__ = [
+    "Loaded",
+    "build_without_memory",
+    "give_memory",
+    "is_stitch",
+    "load_module",
+    "load_strict",
+    "read_state",
+    "save_module",
+    "weights_hash",
+]
