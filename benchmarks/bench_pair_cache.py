@@ -2,13 +2,13 @@
 
     python benchmarks/bench_pair_cache.py --json benchmarks/results/pair_cache.json
 
-Both are steps of the training loop itself (batch, forward, backward, clipping, optimiser, logging), taken in turns in one
-process. The cached ones read their files, which the operating system holds in memory after the first time.
+Both are steps of the training loop itself (batch, forward, backward, clipping, optimiser, logging), taken in turns in
+one process. The cached ones read their files, which the operating system holds in memory after the first time.
 
-What should move: a step without a cache computes the i modules before slot i, the teacher's module, and the meta model's
-later modules twice; with it the student's module, and the later modules once, forward and backward. The student's
-modules and the way back through the meta model stay. `flops_ratio` is what that gives if time went with FLOPs; small
-models spend much of it on calls instead, and augmentation, which falls away too, has none.
+What should move: a step without a cache computes the i modules before slot i, the teacher's module, and the meta
+model's later modules twice; with it the student's module, and the later modules once, forward and backward. The
+student's module and the way back through the meta model stay. `flops_ratio` is what that gives if time went with FLOPs.
+A small model spends part of it on calls instead; augmentation, which falls away too, has no FLOPs.
 """
 
 from __future__ import annotations

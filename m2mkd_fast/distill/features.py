@@ -42,7 +42,7 @@ class PairFeatures:
 
     @torch.no_grad()
     def make(self, images: Tensor, teacher: ModuleChain, meta: ModuleChain) -> dict[str, Tensor]:
-        r"""All features of a batch by name: what reaches each cut, and the logits of the meta model with each :math:`T_i`.
+        """All features of a batch by name: what reaches each cut, and the logits of each of the teacher's modules.
 
         Args:
             images: ``[B, C, H, W]``.

@@ -198,7 +198,7 @@ class PairTask(_Slot):
 
 
 class CachedPairTask(_Slot):
-    """A teaching pair whose frozen modules have computed already: see :func:`m2mkd_fast.distill.features.pair_features`.
+    """A teaching pair whose frozen part is computed: see :class:`m2mkd_fast.distill.features.PairFeatures`.
 
     Teacher and earlier modules are not needed, so this holds only the student's module and the later ones of the meta
     model. With float32 features its loss is that of :class:`PairTask` bit for bit, with float16 up to their rounding.

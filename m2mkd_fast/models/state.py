@@ -62,7 +62,7 @@ def load_strict(
             has no memory to copy into (it is on the meta device).
     """
     target = module.state_dict(keep_vars=True)
-    if any(tensor.is_meta and not (name in state and state[name].is_meta) for name, tensor in target.items()):
+    if any(target[name].is_meta and not tensor.is_meta for name, tensor in state.items() if name in target):
         raise M2MKDError(
             f"{os.fspath(source)} cannot be loaded into a {type(module).__name__} on the meta device, which has no "
             "memory; build the module on a real device"

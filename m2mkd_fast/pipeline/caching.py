@@ -26,23 +26,34 @@ def cached_batches(bench: Workbench, task: CachedPairTask, say: Callable[[str], 
     """The batches of a pair out of the run's cache."""
     features = pair_features(bench)
     cache = FeatureCache(bench.cache_folder(cache_key(bench)), lambda *steps: _Maker(bench).batches(*steps), say)
-    return CachedBatches(cache, [features.name(task.index, read) for read in task.reads])
+    names = [features.name(task.index, read) for read in task.reads]
+    return CachedBatches(cache, names, bench.execution.shard, bench.config.pair.train.accumulate)
 
 
-def make_cache(bench: Workbench, name: str, say: Callable[[str], None]) -> dict[str, Any]:
+def make_cache(
+    bench: Workbench, name: str, say: Callable[[str], None], guard: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Write the cache, or what is missing of it, and return the step's result.
 
     Its ``weights_hash`` is the cache's key, so that pairs that were made from another cache are found.
+
+    Args:
+        bench: with finished teacher, meta model and hybrids.
+        name: of the step.
+        say: is told what did not fit into float16.
+        guard: called between shards; raises where this process may no longer write.
     """
-    maker, key, training = _Maker(bench), cache_key(bench), bench.config.pair.train
+    maker, key, training, execution = _Maker(bench), cache_key(bench), bench.config.pair.train, bench.execution
     batches = bench.config.pair.cache_batches or training.steps
 
     def after_shard(done: int) -> None:
-        if stop_requested():
-            raise Stopped(f"step {name} was stopped at batch {done} of {batches}")
+        guard()
+        if execution.agreed(stop_requested()) and done < batches:
+            raise Stopped(f"{name} was stopped at batch {done} of {batches}")
 
     folder = bench.cache_folder(key)
-    index = FeatureCache(folder, maker.batches, say).write(batches, cache_facts(bench), after_shard)
+    cache = FeatureCache(folder, maker.batches, say)
+    index = execution.broadcast(cache.write(batches, cache_facts(bench), after_shard, execution.shard))
     return {
         "metrics": {},
         "images": batches * training.batch_size,

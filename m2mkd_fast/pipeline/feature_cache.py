@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m2mkd_fast.atomic import write_atomically
+from m2mkd_fast.data.batches import shard_rows
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.pipeline.files import read_json, write_json
 
@@ -66,14 +67,23 @@ class FeatureCache:
         return self._index
 
     def write(
-        self, batches: int, facts: Mapping[str, Any], after_shard: Callable[[int], None] = lambda done: None
-    ) -> dict[str, Any]:
-        """Make what is not there yet, shard by shard, then the index; return it.
+        self,
+        batches: int,
+        facts: Mapping[str, Any],
+        after_shard: Callable[[int], None] = lambda done: None,
+        processes: tuple[int, int] = (0, 1),
+    ) -> dict[str, Any] | None:
+        """Make what is not there yet, shard by shard, then the index.
 
         Args:
             batches: N.
             facts: JSON-able, what the features were made from.
             after_shard: told the number of batches that are there; what it raises stops the work between two shards.
+            processes: rank and number of those that share out the shards. With several, `after_shard` has to wait for
+                all of them; each calls it as often.
+
+        Returns:
+            The index, on rank 0; None on the others.
 
         Raises:
             M2MKDError: features that are not finite, or a disk that is full. What was written stays and is not made
@@ -82,23 +92,27 @@ class FeatureCache:
         first = next(iter(self.make(0, 1)))
         largest = max(feature.numel() for feature in first.values()) * 2
         each = min(batches, max(1, SHARD_BYTES // largest))
-        self._index = {
+        index = {
             "format": FORMAT,
             "facts": dict(facts),
             "batches": batches,
             "batches_per_shard": each,
             "images_per_batch": len(first[LABELS]),
         }
-        shards = range(math.ceil(batches / each))
-        for shard in shards:
-            if self._facts_of(shard) is None:
+        self._index = index
+        (rank, world), shards = processes, range(math.ceil(batches / each))
+        for begin in shards[::world]:
+            shard = begin + rank
+            if shard in shards and self._facts_of(shard) is None:
                 self._write_shard(shard)
-            after_shard(min(batches, (shard + 1) * each))
+            after_shard(min(batches, (begin + world) * each))
+        if rank > 0:
+            return None
         described = [self._facts_of(shard) for shard in shards]
-        self._index["bytes"] = sum(file["bytes"] for shard in described for file in shard["files"].values())
-        self._index["seconds"] = sum(shard["seconds"] for shard in described)
-        write_json(self.folder / "index.json", self._index)
-        return self._index
+        index["bytes"] = sum(file["bytes"] for shard in described for file in shard["files"].values())
+        index["seconds"] = sum(shard["seconds"] for shard in described)
+        write_json(self.folder / "index.json", index)
+        return index
 
     def read(self, feature: str, t: int) -> Tensor:
         """A feature of batch ``t`` (of batch t mod N beyond the last), as a view of the mapped file.
@@ -189,17 +203,23 @@ class CachedBatches:
     Args:
         cache: finished.
         features: names of those that the pair reads.
-        shard: (rank, processes) that share a batch: contiguous rows, as equal in number as possible.
+        shard: (rank, number of processes) that share out each batch.
+        micro_batches: into which a batch is divided before that, see :func:`m2mkd_fast.data.batches.shard_rows`.
     """
 
-    def __init__(self, cache: FeatureCache, features: Sequence[str], shard: tuple[int, int] = (0, 1)) -> None:
-        self.cache, self.features, self.shard = cache, tuple(features), shard
+    def __init__(
+        self, cache: FeatureCache, features: Sequence[str], shard: tuple[int, int] = (0, 1), micro_batches: int = 1
+    ) -> None:
+        self.cache, self.features = cache, tuple(features)
+        whole = shard[1] == 1
+        images = cache.index["images_per_batch"]
+        # A slice is a view of the mapped file; rows by number are copied.
+        self.rows = slice(None) if whole else shard_rows(images, shard, micro_batches=micro_batches)
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        (rank, processes), images = self.shard, self.cache.index["images_per_batch"]
-        rows = slice(rank * images // processes, (rank + 1) * images // processes)
         for t in range(start, stop):
-            yield tuple(self.cache.read(name, t)[rows] for name in self.features), self.cache.read(LABELS, t)[rows]
+            features = tuple(self.cache.read(name, t)[self.rows] for name in self.features)
+            yield features, self.cache.read(LABELS, t)[self.rows]
 
 
 def _digest(path: Path) -> str:

@@ -1,8 +1,9 @@
 """What each arm cost, and which steps it is charged for.
 
 The teacher is pretrained, so its own training is stated and charged to no arm. Everything else that an arm needs is
-charged to it in full, also where two arms share it: the meta model (PT) to both arms that train modules in it, and the
-teacher modules made by module incubation (MT, FT) to `m2mkd`, the only arm that cannot do without them.
+charged to it in full, also where two arms share it: the meta model (PT) and the features that pairs read (cache) to
+both arms that train modules, and the teacher modules made by module incubation (MT, FT) to `m2mkd`, the only arm that
+cannot do without them.
 
 An arm that trains modules starts its end-to-end curve at that cost. *In parallel* counts the longest pair (and the
 longest of the MT steps) in place of their sum: the critical path with one machine per pair. Under a bandit's budget, in
@@ -18,8 +19,8 @@ from m2mkd_fast.report.run_folder import Run, Step, number
 ARMS = ("scratch", "distill", "task", "m2mkd")
 MODULE_ARMS = ("task", "m2mkd")
 QUANTITIES = ("flops", "seconds")
-CHARGED_PHASES = {"scratch": (), "distill": (), "task": ("PT",), "m2mkd": ("PT", "MT", "FT")}
-PHASES = ("PT", "MT", "FT", "m2mKD", "E2E")
+CHARGED_PHASES = {"scratch": (), "distill": (), "task": ("PT", "cache"), "m2mkd": ("PT", "MT", "FT", "cache")}
+PHASES = ("PT", "MT", "FT", "cache", "m2mKD", "E2E")
 
 
 def cost_of_run(run: Run) -> dict[str, Any]:

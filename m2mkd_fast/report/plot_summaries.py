@@ -19,10 +19,11 @@ _PHASE_LABELS = {
     "PT": "meta model (PT)",
     "MT": "teacher modules (MT)",
     "FT": "teacher fine-tuning (FT)",
+    "cache": "features of the pairs (cache)",
     "m2mKD": "pairs (m2mKD)",
     "E2E": "end to end (E2E)",
 }
-_PHASE_STRENGTH = {"PT": 0.25, "MT": 0.38, "FT": 0.5, "m2mKD": 0.65, "E2E": 1.0}
+_PHASE_STRENGTH = {"PT": 0.25, "MT": 0.38, "FT": 0.5, "cache": 0.57, "m2mKD": 0.65, "E2E": 1.0}
 _MOST_CELL_FIGURES = 400
 
 

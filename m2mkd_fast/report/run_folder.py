@@ -23,6 +23,7 @@ _PHASE_OF_NAME = (
     (re.compile(r"mt(\d+)"), "MT"),
     (re.compile(r"ft"), "FT"),
     (re.compile(r"hybrids"), "hybrids"),
+    (re.compile(r"cache"), "cache"),
     (re.compile(r"[^/]+/round\d+/pair(\d+)"), "round"),
     (re.compile(r"[^/]+/pair(\d+)"), "m2mKD"),
     (re.compile(r"[^/]+/e2e"), "E2E"),
