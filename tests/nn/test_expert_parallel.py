@@ -42,6 +42,7 @@ from m2mkd_fast.nn.expert_parallel import (
 )
 from m2mkd_fast.nn.router import ROUTERS
 from m2mkd_fast.nn.vision_moe import VisionMoE, auxiliary_losses
+from m2mkd_fast.ops.route import route
 
 # --- what every process runs: checks named check_..., collected below ---
 
@@ -198,6 +199,34 @@ def check_mixed_precision_of_fsdp() -> None:
     assert_near(output.float(), layer(own), "output", tolerance=0.02)
     output.float().square().sum().backward()
     assert sharded.experts.htoh4.weight.grad.dtype == torch.float32
+
+
+def check_what_travels_is_what_the_scaling_page_says() -> None:
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from scaling import ROW_BYTES, exchange_bytes
+
+    size, tokens, width, experts = dist.get_world_size(), 16, 6, 8
+    layer = shard_experts(mixture(dtype=torch.float32), mesh_of_all())
+    # Token t takes experts t and t + 1, so that every rank gets as much from every other.
+    scores = torch.eye(experts).roll(0, 1) + 0.5 * torch.eye(experts).roll(1, 1)
+    assignment = route(scores.repeat(1, tokens // experts, 1), top_k=2)
+    there_and_back = 0
+    exchange = expert_parallel._Exchange._exchange
+
+    def counted(self: Any, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        nonlocal there_and_back
+        away = sum(count for rank, count in enumerate(sent) if rank != dist.get_rank())
+        there_and_back += away * rows.shape[1] * rows.element_size()
+        return exchange(self, rows, sent, received)
+
+    with mock.patch.object(expert_parallel._Exchange, "_exchange", counted):
+        layer.experts(torch.randn(tokens, width, requires_grad=True), assignment).sum().backward()
+    total = torch.tensor(there_and_back)
+    dist.all_reduce(total)
+    expected = exchange_bytes(1, tokens, 2, width, 1, size) * torch.float32.itemsize / ROW_BYTES
+    assert total.item() == size * expected
 
 
 def check_same_bits_every_time() -> None:
