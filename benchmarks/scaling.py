@@ -270,7 +270,7 @@ the batch is shared out evenly. Communication takes no time here, and its bytes 
 your network. ImageNet-1k has {images:,} images.
 
 The steps wait for each other like this. *published*: PT, then MT 0 ... L-1 side by side, then FT, then pairs 0 ... L-1
-side by side, then E2E. *composable*, with a pretrained teacher: meta model, then pairs 0 ... L-1 side by side, then E2E.
+side by side, then E2E. *composable*, with a pretrained teacher: meta model, then pairs side by side, then E2E.
 """
 
 
