@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -240,6 +241,9 @@ def check_values(config: RunConfig) -> None:
         value = OmegaConf.select(flat, key)
         if value not in choices:
             raise UnknownNameError(key, str(value), choices)
+    for key, value in _leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise M2MKDError(f"{key} must be a finite number, got {value}")
     for arm in config.arms:
         if arm not in ARMS:
             raise UnknownNameError("arm", arm, ARMS)
@@ -250,6 +254,8 @@ def check_values(config: RunConfig) -> None:
     for tracker in config.trackers:
         if tracker not in TRACKERS:
             raise UnknownNameError("tracker", tracker, TRACKERS)
+    if len(set(config.arms)) < len(config.arms):
+        raise M2MKDError(f"arms must name each way to train once, got {', '.join(config.arms)}")
     for name, training in phases(config):
         _check_training(name, training)
     if not 0.0 <= config.pair.alpha <= 1.0:
@@ -318,6 +324,16 @@ def phases(config: Any, prefix: str = "") -> Iterator[tuple[str, TrainingConfig]
             yield prefix + entry.name, value
         elif is_dataclass(value):
             yield from phases(value, f"{prefix}{entry.name}.")
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys that are no sections, dotted, with their values."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, value
 
 
 def _keys(config: Any, prefix: str = "") -> Iterator[str]:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
-from m2mkd_fast.pipeline.config import RECIPES, RunConfig, load_config, make_config
+from m2mkd_fast.pipeline.config import ARMS, RECIPES, RunConfig, _leaves, load_config, make_config
+from m2mkd_fast.pipeline.plan import closure, plan
 
 
 def write(tmp_path, text):
@@ -50,6 +54,8 @@ def test_resolved_configuration_reads_back(tmp_path):
         ("e2e: {batch_size: 7, mixup: 0.8}", [], r"must be even with mixup"),
         ("student: {tokens: many}", [], r"student.tokens must be 'teacher' or a positive count, got 'many'"),
         ("meta: {source: labels}\nteacher: {weights: t.safetensors}", [], r"set meta.source=teacher"),
+        ("e2e: {clip_grad: .nan}", [], r"e2e.clip_grad must be a finite number, got nan"),
+        ("pair: {feature_weight: .inf}", [], r"pair.feature_weight must be a finite number, got inf"),
         ("- a\n- b", [], r"a configuration is a mapping"),
         ("a: [", [], r"is no valid YAML"),
         ("", ["seed"], r"override 'seed' is not of the form key=value"),
@@ -67,17 +73,44 @@ def test_a_missing_file_is_named(tmp_path):
         load_config(tmp_path / "nowhere.yaml")
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=3))
-def test_any_value_of_a_key_is_taken_or_refused_clearly(value):
-    for key in ("seed", "arms", "pair", "student"):
-        try:
-            assert isinstance(make_config([{key: value}]), RunConfig)
-        except M2MKDError as error:
-            assert str(error)
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=3,
+)
+NUMBERS = st.sampled_from([0, 1, 2, 3, 7, 64, -1, 0.0, 0.5, 0.999, 1.0, 1.5, -0.5, 1e-9, 1e9, math.nan, math.inf])
+WORDS = st.sampled_from(
+    [*ARMS, *RECIPES, "kept", "meta", "teacher", "labels", "bf16", "", "balanced:3", "bandit", "Kept"]
+)
+LAYER = st.tuples(st.sampled_from(sorted(dict(_leaves(RunConfig())))), ANYTHING | NUMBERS | WORDS)
+
+
+@given(st.lists(LAYER, max_size=4))
+@example([("e2e.clip_grad", math.nan)])
+@example([("pair.train.weight_decay", math.inf)])
+@example([("arms", ["task", "task"])])
+def test_fuzz_any_value_of_any_key_is_taken_or_refused_clearly(layers):
+    """What is taken is usable: it reads back the same, has a plan, and every number in it is one."""
+    try:
+        config = make_config([nested(key, value) for key, value in layers])
+    except M2MKDError as error:
+        assert str(error)
+        return
+    assert make_config([config.to_dict()]) == config
+    steps = plan(config, 3)
+    assert closure(steps, steps) == steps
+    assert len({step.name for step in steps}) == len(steps)
+    assert all(math.isfinite(value) for _, value in _leaves(config) if isinstance(value, float))
 
 
 @given(st.text(min_size=1))
-def test_unknown_keys_are_errors(key):
+def test_fuzz_unknown_keys_are_errors(key):
     if key in RunConfig().to_dict():
         return
     with pytest.raises(UnknownNameError, match="unknown configuration key"):
