@@ -218,10 +218,11 @@ def make_config(layers: Sequence[dict[str, Any] | DictConfig | ListConfig]) -> R
     """Merge mappings, later ones winning, over the recipe they name and the defaults; check every key and value."""
     layers = [OmegaConf.create(layer) if isinstance(layer, dict) else layer for layer in layers]
     known = set(_keys(RunConfig()))
+    containers = {key: type(value) for key, value in _leaves(RunConfig()) if isinstance(value, dict | list)}
     for layer in layers:
         if not isinstance(layer, DictConfig):
             raise M2MKDError(f"a configuration is a mapping of keys to values, got {type(layer).__name__}")
-        _check_keys(OmegaConf.to_container(layer), known)
+        _check_keys(OmegaConf.to_container(layer), known, containers)
     recipe = next((layer["recipe"] for layer in reversed(layers) if "recipe" in layer), RunConfig().recipe)
     if recipe not in RECIPES:
         raise UnknownNameError("recipe", str(recipe), RECIPES)
@@ -344,7 +345,7 @@ def _keys(config: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{entry.name}.")
 
 
-def _check_keys(layer: Any, known: set[str], prefix: str = "") -> None:
+def _check_keys(layer: Any, known: set[str], containers: dict[str, type], prefix: str = "") -> None:
     for key, value in layer.items():
         name = f"{prefix}{key}"
         if name not in known or "." in str(key):  # a dotted key in YAML would be a new name, not a path
@@ -352,5 +353,8 @@ def _check_keys(layer: Any, known: set[str], prefix: str = "") -> None:
         inside = sorted(key.removeprefix(f"{name}.") for key in known if key.startswith(f"{name}."))
         if inside and not isinstance(value, dict):
             raise M2MKDError(f"{name} is a section with the keys {', '.join(inside)}; got {value!r}")
+        if name in containers and not isinstance(value, containers[name]):
+            kind = "mapping, {key: value}" if containers[name] is dict else "list, [one, another]"
+            raise M2MKDError(f"{name} is a {kind}; got {value!r}")
         if inside:
-            _check_keys(value, known, f"{name}.")
+            _check_keys(value, known, containers, f"{name}.")

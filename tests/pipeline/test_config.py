@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.pipeline.config import ARMS, RECIPES, RunConfig, _leaves, load_config, make_config
 from m2mkd_fast.pipeline.plan import closure, plan
+
+FUZZ_EXAMPLES = int(os.environ.get("M2MKD_FUZZ_EXAMPLES", "100"))
 
 
 def write(tmp_path, text):
@@ -61,6 +64,8 @@ def test_resolved_configuration_reads_back(tmp_path):
         ("", ["seed"], r"override 'seed' is not of the form key=value"),
         ("pair: 3", [], r"pair is a section with the keys alpha, .*; got 3"),
         ("seed: [1]", [], r"configuration: .*seed"),
+        ("arms: m2mkd", [], r"arms is a list, \[one, another\]; got 'm2mkd'"),
+        ("teacher: {options: []}", [], r"teacher.options is a mapping, .*; got \[\]"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, overrides, message):
@@ -91,10 +96,12 @@ WORDS = st.sampled_from(
 LAYER = st.tuples(st.sampled_from(sorted(dict(_leaves(RunConfig())))), ANYTHING | NUMBERS | WORDS)
 
 
+@settings(max_examples=FUZZ_EXAMPLES, deadline=None)
 @given(st.lists(LAYER, max_size=4))
 @example([("e2e.clip_grad", math.nan)])
 @example([("pair.train.weight_decay", math.inf)])
 @example([("arms", ["task", "task"])])
+@example([("teacher.options", [])])
 def test_fuzz_any_value_of_any_key_is_taken_or_refused_clearly(layers):
     """What is taken is usable: it reads back the same, has a plan, and every number in it is one."""
     try:
