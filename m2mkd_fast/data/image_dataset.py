@@ -74,6 +74,10 @@ class Split(ABC):
         """The image `index` before any resizing, with its label, or if it cannot be decoded the next one that can."""
 
     @abstractmethod
+    def subset(self, indices: Tensor, name: str, labels: Tensor, num_classes: int) -> Split:
+        """The images of `indices` as a split of their own, with `labels` of a task of `num_classes` classes."""
+
+    @abstractmethod
     def content_hash(self) -> str:
         """Hexadecimal digest that changes when an image or a label changes."""
 
@@ -99,6 +103,9 @@ class TensorSplit(Split):
         array = pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
         return Image.fromarray(array), int(self.labels[index])
 
+    def subset(self, indices: Tensor, name: str, labels: Tensor, num_classes: int) -> TensorSplit:
+        return TensorSplit(name, self.pixels[indices], labels, num_classes, self.mean, self.std)
+
     def content_hash(self) -> str:
         digest = hashlib.sha256(f"{self.pixels.dtype} {tuple(self.pixels.shape)}".encode())
         digest.update(self.pixels.contiguous().numpy())
@@ -108,7 +115,7 @@ class TensorSplit(Split):
 
 @dataclass
 class ImageDataset:
-    """Named splits ("train", "test" and, where there is one, "ood") of one classification task.
+    """Named splits ("train", "test" and, where there are such, "val" and "ood") of one classification task.
 
     `facts` are JSON-able things a source knows about itself beyond its splits, such as fonts or a folder's layout.
     """

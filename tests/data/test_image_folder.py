@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from m2mkd_fast.data import create_dataset, eval_batches, train_batches
-from m2mkd_fast.data.file_split import UnreadableImageWarning
+from m2mkd_fast.data.picture_split import UnreadableImageWarning
 from m2mkd_fast.errors import M2MKDError
 
 CLASSES = ("bird", "cat", "dog")
@@ -127,7 +127,7 @@ def test_ood_folder_with_fewer_classes(folder, tmp_path):
     assert ood.class_mask.tolist() == [False, False, True]
     write_image(folder / "ood" / "cat" / "0.png", 7)
     assert create_dataset(f"folder:{folder}", image_size=8).splits["ood"].labels.tolist() == [1]
-    with pytest.raises(M2MKDError, match=r"the ood folder has no image of the 2 classes kept"):
+    with pytest.raises(M2MKDError, match=r"split .ood. has no image of the 2 classes kept"):
         create_dataset(f"folder:{folder}", num_classes=2, ood=tmp_path / "art")
     write_image(tmp_path / "art" / "fish" / "0.png", 7)
     with pytest.raises(M2MKDError, match=r"1 class\(es\) not trained on: fish"):
@@ -208,7 +208,7 @@ def test_decoding_check_finds_truncated_images_at_once(folder):
     assert split.unreadable == 1
 
 
-@pytest.mark.filterwarnings("ignore::m2mkd_fast.data.file_split.UnreadableImageWarning")
+@pytest.mark.filterwarnings("ignore::m2mkd_fast.data.picture_split.UnreadableImageWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_many_damaged_images_stop_the_training(folder, num_workers):
     for i in range(3):
@@ -219,7 +219,7 @@ def test_too_many_damaged_images_stop_the_training(folder, num_workers):
         list(train_batches(split, batch_size=6, seed=0, stop=2, num_workers=num_workers))
 
 
-@pytest.mark.filterwarnings("ignore::m2mkd_fast.data.file_split.UnreadableImageWarning")
+@pytest.mark.filterwarnings("ignore::m2mkd_fast.data.picture_split.UnreadableImageWarning")
 def test_no_readable_image_at_all(folder):
     for path in (folder / "train").rglob("*.png"):
         path.write_bytes(b"")
