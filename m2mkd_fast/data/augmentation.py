@@ -1,4 +1,4 @@
-"""Random changes of training images: vectorised presets on tensors, and timm's transforms on single pictures."""
+"""Random changes of training images: vectorised presets on tensors, timm's transforms on single pictures, recipes."""
 
 from __future__ import annotations
 
@@ -128,18 +128,44 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 PRESETS: dict[str, type] = {"none": Unchanged, "affine": Affine, "crop_flip": CropFlip, "timm": TimmTransform}
+
+# Published recipes: options of timm's transforms, each of which can be given another value.
+RECIPES: dict[str, dict[str, Any]] = {
+    # H. Touvron et al., Training data-efficient image transformers, arXiv 2012.12877, table 9. Deep Incubation and
+    # m2mKD train every phase with it (the defaults of their main.py), and NAC on ImageNet and on the 64 pixels of
+    # Tiny-ImageNet (aa, reprob, train_interpolation of their configurations).
+    "deit": {
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "color_jitter": 0.4,  # as published; timm jitters no colours where RandAugment does
+        "re_prob": 0.25,
+        "re_mode": "pixel",
+        "re_count": 1,
+        "interpolation": "bicubic",
+    },
+    # H. Touvron et al., DeiT III, arXiv 2204.07118, table 1: one of grey, solarised and blurred, then colour jitter; no
+    # erasing. With the random resized crop of its ImageNet-1k recipe; the simple crop for ImageNet-21k timm has not.
+    "deit3": {"auto_augment": "3a", "color_jitter": 0.3, "interpolation": "bicubic"},
+    # C. Szegedy et al., arXiv 1409.4842, section 6, as ResNets are trained: a crop of 8 to 100 % of the area, flipped.
+    "imagenet": {"color_jitter": None, "interpolation": "bilinear"},
+}
 Augmentation = Unchanged | Affine | CropFlip | TimmTransform
 
 
 def create_augmentation(spec: str | Mapping[str, Any]) -> Augmentation:
     """A preset by name ("affine") or with options ({"name": "affine", "rotation": 0.1}).
 
+    "none", "affine" and "crop_flip" work on tensors of any number of channels; "timm" takes the options of
+    `timm.data.create_transform`, and "deit", "deit3" and "imagenet" are published recipes made of them, any of whose
+    options can be given another value ({"name": "deit", "re_prob": 0.0}).
+
     Raises UnknownNameError for an unknown preset or option.
     """
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
+    if name in RECIPES:
+        return TimmTransform(**{**RECIPES[name], **options})
     if name not in PRESETS:
-        raise UnknownNameError("augmentation", str(name), PRESETS)
+        raise UnknownNameError("augmentation", str(name), [*PRESETS, *RECIPES])
     preset = PRESETS[name]
     if preset is not TimmTransform:
         known = [option.name for option in fields(preset)]

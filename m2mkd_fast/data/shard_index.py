@@ -57,7 +57,7 @@ def index_shard(path: Path, *, image: str | None, label: str, cache_dir: Path | 
         _write(kept, made, facts)
     else:
         warnings.warn(
-            f"the index of {path} cannot be kept in {kept.parent}, which is read-only: it is made anew at every start; "
+            f"the index of shards cannot be kept in {kept.parent}, which is read-only: it is made anew at every start; "
             "give cache_dir=, a folder to keep it in",
             UnkeptIndexWarning,
             stacklevel=2,

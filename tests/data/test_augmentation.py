@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 
-from m2mkd_fast.data.augmentation import Affine, CropFlip, TimmTransform, Unchanged, create_augmentation
+from m2mkd_fast.data.augmentation import RECIPES, Affine, CropFlip, TimmTransform, Unchanged, create_augmentation
 from m2mkd_fast.data.seeds import seeded_globals
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 
@@ -107,6 +108,49 @@ def test_posterising_to_no_bits_is_black():
     assert np.array(posterize(picture))[0, 0].tolist() == [128, 128, 128]
     posterize.magnitude = 5
     assert np.array(posterize(picture))[0, 0].tolist() == [192, 128, 192]
+
+
+def steps(spec, size=64):
+    transform = create_augmentation(spec).bind((3, size, size), (0.5,) * 3, (0.5,) * 3)
+    return {type(step).__name__: step for step in transform.transforms}
+
+
+def test_deit_is_what_the_published_trainers_use():
+    """The options of m2mKD's and NAC's `create_transform`: rand-m9-mstd0.5-inc1, reprob 0.25, remode pixel, bicubic."""
+    named = steps("deit")
+    policy = "rand-m9-mstd0.5-inc1"
+    options = {"auto_augment": policy, "color_jitter": 0.4, "interpolation": "bicubic", "re_prob": 0.25}
+    direct = create_transform(64, is_training=True, mean=(0.5,) * 3, std=(0.5,) * 3, re_mode="pixel", **options)
+    assert [str(step) for step in named.values()] == [str(step) for step in direct.transforms]
+    assert "ColorJitter" not in named and named["RandomErasing"].probability == 0.25
+    assert named["RandomResizedCropAndInterpolation"].scale == (0.08, 1.0)
+    assert "RandomErasing" not in steps({"name": "deit", "re_prob": 0.0})
+    assert create_augmentation("deit").options["re_prob"] == 0.25  # the preset itself is left alone
+
+
+def test_deit3_changes_each_picture_in_one_of_three_ways():
+    named = steps("deit3")
+    names = {operation.name for (operation,) in named["AutoAugment"].policy}
+    assert names == {"Solarize", "Desaturate", "GaussianBlurRand"}
+    assert named["ColorJitter"].brightness == pytest.approx([0.7, 1.3])
+    assert "RandomErasing" not in named
+
+
+def test_imagenet_is_a_crop_and_a_flip():
+    kinds = ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "MaybeToTensor", "Normalize"]
+    assert list(steps("imagenet")) == kinds
+    with pytest.raises(UnknownNameError, match=r"'deit4'; did you mean 'deit' or 'deit3'"):
+        create_augmentation("deit4")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_give_images_of_the_asked_size(recipe):
+    transform = create_augmentation(recipe).bind((3, 24, 24), (0.5,) * 3, (0.5,) * 3)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    with seeded_globals(0):
+        images = [transform(picture) for _ in range(8)]
+    assert {image.shape for image in images} == {(3, 24, 24)}
+    assert len({image.numpy().tobytes() for image in images}) == 8
 
 
 def test_options_are_checked():

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 from pictures import reds
+from PIL import Image
 
 from m2mkd_fast.data import create_dataset, eval_batches, train_batches
 from m2mkd_fast.errors import M2MKDError
@@ -67,7 +67,7 @@ def test_errors_say_what_is_expected(coco):
         create_dataset(f"coco:{coco}", year=2014)
     file = coco / "annotations" / "instances_val2017.json"
     content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "categories": CATEGORIES + [{"id": 2, "name": "bicycle"}]}))
+    file.write_text(json.dumps({**content, "categories": [*CATEGORIES, {"id": 2, "name": "bicycle"}]}))
     with pytest.raises(M2MKDError, match=r"annotations have different categories for training and testing"):
         create_dataset(f"coco:{coco}")
     file.write_text(json.dumps({"images": []}))

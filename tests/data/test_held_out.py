@@ -55,7 +55,9 @@ def test_few_shot_draws_classes_and_images_apart(dataset):
         assert test.labels.tolist() == [0] * 6 + [1] * 6
         # Each from its own split, and of the classes that the names say.
         assert [task.class_names[label] for label in train.labels] == ["abc"[pixel % 3] for pixel in pixels(train)]
-        assert [task.class_names[label] for label in test.labels] == ["cba"[(pixel - 100) % 3] for pixel in pixels(test)]
+        assert [task.class_names[label] for label in test.labels] == [
+            "cba"[(pixel - 100) % 3] for pixel in pixels(test)
+        ]
         assert len({*pixels(train)}) == 4 and len({*pixels(test)}) == 12
         assert task.num_classes == train.num_classes == 2
     assert len(seen) > 1

@@ -11,12 +11,14 @@ datasets = pytest.importorskip("datasets")
 PLAIN = {"image_size": 4, "mean": (0,) * 3, "std": (1,) * 3}
 
 
-def table(values, **more):
+def table(values):
     content = {"picture": [{"bytes": encoded(value), "path": f"{value}.png"} for value in values]}
     content["species"] = [value % 2 for value in values]
     content["weight"] = [float(value) for value in values]
     kinds = {"picture": datasets.Image(), "species": datasets.ClassLabel(names=["cat", "dog"])}
-    return datasets.Dataset.from_dict(content, features=datasets.Features(kinds | {"weight": datasets.Value("float32")}))
+    return datasets.Dataset.from_dict(
+        content, features=datasets.Features(kinds | {"weight": datasets.Value("float32")})
+    )
 
 
 @pytest.fixture
