@@ -172,7 +172,10 @@ class Workbench:
         )
 
     def accuracies(self, model: nn.Module, prefix: str = "") -> dict[str, float]:
-        """Accuracy in percent on every split that is held out; the processes of a step share its batches."""
+        """Accuracy in percent on every split that is held out; the processes of a step share its batches.
+
+        On "ood" of the logits of its own classes, as published.
+        """
         execution, device = self.execution, self.execution.accelerator.device
         return {
             f"{prefix}{name}_accuracy": evaluate_accuracy(
@@ -180,6 +183,7 @@ class Workbench:
                 split,
                 device=device,
                 class_mask=split.class_mask if name == "ood" else None,
+                num_workers=self.config.data.num_workers,
                 shard=execution.shard,
                 total=execution.sum,
             )

@@ -13,6 +13,8 @@ from torch import nn
 from m2mkd_fast.data import create_dataset, eval_batches
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.evaluate import evaluate_accuracy
+from m2mkd_fast.pipeline.config import make_config
+from m2mkd_fast.pipeline.workbench import Workbench
 
 INFO = Path(timm.data.__file__).parent / "_info"
 IMAGENET = (INFO / "imagenet_synsets.txt").read_text().split()
@@ -90,7 +92,7 @@ def devkit(folder):
 
 
 def meta_bin(path):
-    torch.save(({wnid: ("a name",) for wnid in WNIDS}, [WNIDS[3 - n] for n in range(4)]), path)
+    torch.save((dict.fromkeys(WNIDS, ("a name",)), [WNIDS[3 - n] for n in range(4)]), path)
 
 
 def solution(path):
@@ -104,7 +106,7 @@ def solution(path):
     ids=["devkit", "torchvision", "kaggle"],
 )
 def test_flat_validation_folder(flat_imagenet, tmp_path, place, write):
-    with pytest.raises(M2MKDError, match=r"no class folders, and the file .* is not in .*flat: meta.bin \(torchvision\)"):
+    with pytest.raises(M2MKDError, match=r"no class folders, and the file .* is not in .*flat: meta.bin"):
         create_dataset(f"imagenet:{flat_imagenet}")
     elsewhere = tmp_path / "elsewhere" / place
     elsewhere.parent.mkdir(parents=True)
@@ -173,6 +175,12 @@ def test_renditions_are_judged_by_the_logits_of_their_classes(imagenet, tmp_path
     model = RedToLogits(favourite=WNIDS.index(OTHERS[0]))
     assert evaluate_accuracy(model, ood) == 0.0
     assert evaluate_accuracy(model, ood, class_mask=ood.class_mask) == 100.0
+    bench = Workbench(make_config([{"device": "cpu"}]), tmp_path)
+    bench.dataset = dataset
+    assert bench.accuracies(model) == {
+        "test_accuracy": 25.0,
+        "ood_accuracy": 100.0,
+    }  # test: its favourite's image alone
 
 
 def test_tiny_imagenet_r_has_62_classes(tiny_imagenet, tmp_path):
