@@ -92,12 +92,16 @@ class ShardMembers(PictureSource):
         return len(self.files)
 
     def open(self, index: int) -> Image.Image:
+        return Image.open(io.BytesIO(self.read(index)))
+
+    def read(self, index: int) -> bytes:
+        """The image as it is encoded."""
         size = int(self.sizes[index])
         # Reading at a place moves no position, so processes forked from this one may share its descriptors.
         content = os.pread(self._descriptor(int(self.files[index])), size, int(self.offsets[index]))
         if len(content) != size:
             raise OSError(f"the shard ends {size - len(content)} bytes too early; was it changed?")
-        return Image.open(io.BytesIO(content))
+        return content
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._open_files:

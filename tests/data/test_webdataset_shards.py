@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
 import pickle
+import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +148,15 @@ def test_a_shard_cut_after_it_was_indexed_is_an_unreadable_image(shards):
     os.truncate(shards / "set-train-003.tar", 1000)
     with pytest.raises(M2MKDError, match=r"cannot read image sample0016 in .*train-003.tar \(the shard ends"):
         split.load(torch.tensor([16]))
+
+
+def test_the_benchmark_reads_the_same_images(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["bench_shards", "--shards=2", "--samples=3", "--side=16", "--pairs=1"])
+    importlib.import_module("bench_shards").main()
+    assert "6 images decoded, by index against webdataset" in capsys.readouterr().out
+    for name in ("bench_shards", "_paired"):
+        sys.modules.pop(name)
 
 
 def write_members(path, members):
