@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from m2mkd_fast.data.image_dataset import Split
+from m2mkd_fast.data.string_table import StringTable
 from m2mkd_fast.errors import M2MKDError
 
 
@@ -79,7 +80,7 @@ class ImageFiles(PictureSource):
     """Files, each an image."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
-        self.paths = [os.fspath(path) for path in paths]
+        self.paths = StringTable(os.fspath(path) for path in paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -94,7 +95,9 @@ class ImageFiles(PictureSource):
         return (f"{os.path.basename(path)}/{os.stat(path).st_size}" for path in self.paths)
 
     def subset(self, indices: Tensor) -> ImageFiles:
-        return ImageFiles([self.paths[index] for index in indices.tolist()])
+        part = ImageFiles([])
+        part.paths = self.paths.subset(indices)
+        return part
 
 
 class PictureSplit(Split):

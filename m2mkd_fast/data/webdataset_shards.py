@@ -19,6 +19,7 @@ from m2mkd_fast.data.image_dataset import ImageDataset
 from m2mkd_fast.data.picture_dataset import PictureOptions, make_picture_dataset
 from m2mkd_fast.data.picture_split import PictureSource
 from m2mkd_fast.data.shard_index import ShardIndex, index_shard
+from m2mkd_fast.data.string_table import StringTable
 from m2mkd_fast.errors import M2MKDError
 
 LAYOUT = "expected tar files such as train-000.tar with neighbouring members 000.jpg and 000.cls"
@@ -85,7 +86,7 @@ class ShardMembers(PictureSource):
         self.files = torch.arange(len(indices)).repeat_interleave(torch.tensor([len(index.keys) for index in indices]))
         self.offsets = torch.cat([index.offsets for index in indices])
         self.sizes = torch.cat([index.sizes for index in indices])
-        self.keys = list(itertools.chain.from_iterable(index.keys for index in indices))
+        self.keys = StringTable(itertools.chain.from_iterable(index.keys for index in indices))
         self._open_files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, the latest used last
 
     def __len__(self) -> int:
@@ -122,7 +123,7 @@ class ShardMembers(PictureSource):
         part = ShardMembers([])
         part.shards, part.files = self.shards, self.files[indices]
         part.offsets, part.sizes = self.offsets[indices], self.sizes[indices]
-        part.keys = [self.keys[index] for index in indices.tolist()]
+        part.keys = self.keys.subset(indices)
         return part
 
     def __getstate__(self) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def test_the_samples_are_webdatasets_own(shards):
     urls = [str(path) for path in sorted(shards.glob("*train*.tar"))]
     streamed = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple("__key__", "png", "cls"))
     images, labels = split.load(torch.arange(20))
-    assert split.pictures.keys == [key for key, _, _ in streamed]
+    assert list(split.pictures.keys) == [key for key, _, _ in streamed]
     assert labels.tolist() == [label for _, _, label in streamed]
     assert reds(images) == [int(image[3, 3, 0]) for _, image, _ in streamed]
 

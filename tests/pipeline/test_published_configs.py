@@ -62,7 +62,7 @@ def test_models_are_the_published_ones(name, teacher, student, tmp_path):
     split = TensorSplit("train", pixels, torch.tensor([0]), classes, (0.5,) * 3, (0.5,) * 3)
     bench.dataset = ImageDataset("none", [str(label) for label in range(classes)], {"train": split, "test": split})
     with torch.device("meta"):
-        chain, meta, modules = bench._untrained_teacher, bench.meta(), bench.student_modules()
+        chain, meta, modules = bench.teacher_chain(), bench.meta(), bench.student_modules()
         model = bench.student_model()
     assert [module.depth for module in chain] == bench.config.teacher.parts
     assert len(meta) == len(modules) == len(chain)
