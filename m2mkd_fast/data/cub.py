@@ -30,7 +30,7 @@ def create_cub(path: str, options: PictureOptions) -> ImageDataset:
     root = Path(path).expanduser()
     require_folder(root, "the folder of CUB-200-2011", LAYOUT)
     names = [name for _, name in _pairs(root / "classes.txt")]
-    labels = {image: int(label) - 1 for image, label in _pairs(root / "image_class_labels.txt")}
+    labels = _labels(root / "image_class_labels.txt")
     training = {image: flag == "1" for image, flag in _pairs(root / "train_test_split.txt")}
     files: dict[str, list[Path]] = {"train": [], "test": []}
     classes: dict[str, list[int]] = {"train": [], "test": []}
@@ -41,7 +41,7 @@ def create_cub(path: str, options: PictureOptions) -> ImageDataset:
                     f"{root / 'images.txt'} has image {image} and {table} does not; unpack the archive anew"
                 )
         if not 0 <= labels[image] < len(names):
-            raise M2MKDError(f"image {image} has class {labels[image] + 1} and {root / 'classes.txt'} has {len(names)}")
+            raise M2MKDError(f"image {image} is of class {labels[image] + 1}; {root / 'classes.txt'} has {len(names)}")
         split = "train" if training[image] else "test"
         files[split].append(root / "images" / file)
         classes[split].append(labels[image])
@@ -53,6 +53,16 @@ def create_cub(path: str, options: PictureOptions) -> ImageDataset:
             raise M2MKDError(f"{root / 'train_test_split.txt'} leaves no image to the split {split!r}; {LAYOUT}")
     pictures = {split: (ImageFiles(files[split]), torch.tensor(classes[split], dtype=torch.int64)) for split in files}
     return make_picture_dataset(f"cub:{path}", names, pictures, options)
+
+
+def _labels(path: Path) -> dict[str, int]:
+    """Each image's class, from 0 on."""
+    labels = {}
+    for image, label in _pairs(path):
+        if not label.isdecimal():
+            raise M2MKDError(f"{path}: image {image} has class {label!r}; expected a number from 1 on")
+        labels[image] = int(label) - 1
+    return labels
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str]]:

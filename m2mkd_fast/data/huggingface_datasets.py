@@ -31,6 +31,7 @@ def create_huggingface(
     ood: str | None = None,
     image: str | None = None,
     label: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> ImageDataset:
     """A dataset of images and classes that the library `datasets` reads.
 
@@ -43,6 +44,7 @@ def create_huggingface(
             there is.
         image: the column of the images; by default the only one.
         label: the column of the labels, classes or numbers from 0 on; by default the only one of classes, or "label".
+        cache_dir: where the library keeps what it downloads and converts; by default its own folder.
 
     Raises M2MKDError when the dataset cannot be loaded, and UnknownNameError for a split or column that it has not.
     """
@@ -50,7 +52,7 @@ def create_huggingface(
         import datasets
     except ImportError as error:
         raise M2MKDError(f'Hugging Face datasets need the library: pip install "m2mkd-fast[data]" ({error})') from error
-    loaded = _load(name, config)
+    loaded = _load(name, config, cache_dir)
     if isinstance(loaded, datasets.Dataset):
         raise M2MKDError(
             f"dataset {name!r} is a single split; save a DatasetDict with one for training and one for testing, for "
@@ -111,14 +113,15 @@ class TableRows(PictureSource):
         return TableRows(self.table.select(indices.tolist()), self.image)
 
 
-def _load(name: str, config: str | None) -> Any:
+def _load(name: str, config: str | None, cache_dir: str | Path | None) -> Any:
     import datasets
 
     folder = Path(name).expanduser()
     try:
         if any((folder / fact).is_file() for fact in ("dataset_dict.json", "state.json")):
             return datasets.load_from_disk(str(folder))
-        return datasets.load_dataset(str(folder) if folder.is_dir() else name, config)
+        cache = None if cache_dir is None else str(Path(cache_dir).expanduser())
+        return datasets.load_dataset(str(folder) if folder.is_dir() else name, config, cache_dir=cache)
     except Exception as error:  # the library raises its own, the Hub's, the connection's and pandas' errors
         raise M2MKDError(
             f"dataset {name!r} cannot be loaded ({type(error).__name__}: {error}); expected a folder that save_to_disk "

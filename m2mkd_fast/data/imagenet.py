@@ -164,20 +164,27 @@ def _read_truth(root: Path, truth: str | Path | None) -> list[str] | dict[str, s
             f"{root / 'val'} has no class folders, and the file that says of which class its images are is not in "
             f"{root}: {TRUTH}. Put one there, name it with val_truth=, or sort the images into val/<wnid>/"
         )
-    if path.is_dir():
-        return _read_devkit(path)
-    require_file(path, f"expected {TRUTH}")
-    if path.suffix == ".csv":
-        with open(path, newline="") as file:
-            # PredictionString: the wnid, then the corners of a box, as often as there are objects, all of one class.
-            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    read = _read_devkit if path.is_dir() else _read_solution if path.suffix == ".csv" else _read_meta
+    try:
+        return read(path if path.is_dir() else require_file(path, f"expected {TRUTH}"))
+    except M2MKDError:
+        raise
+    except Exception as error:  # the readers of three formats raise nearly anything for what is not theirs
+        reason = f"{type(error).__name__}: {str(error).partition('.')[0]}"
+        raise M2MKDError(f"{path} is not as published ({reason}); expected {TRUTH}") from error
+
+
+def _read_meta(path: Path) -> list[str]:
     import torch
 
-    try:
-        _, wnids = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise M2MKDError(f"{path} is not torchvision's meta.bin ({error}); expected {TRUTH}") from error
+    _, wnids = torch.load(path, weights_only=True)
     return list(wnids)
+
+
+def _read_solution(path: Path) -> dict[str, str]:
+    with open(path, newline="") as file:
+        # PredictionString: the wnid, then the corners of a box, as often as there are objects, all of one class.
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
 
 
 def _read_devkit(folder: Path) -> list[str]:

@@ -45,6 +45,13 @@ def test_few_shot_tests_on_other_pictures(cub):
 
 
 def test_tables_that_do_not_fit(cub):
+    labels = cub / "image_class_labels.txt"
+    whole = labels.read_text()
+    for wrong, message in (("3 bird\n", r"image 3 has class 'bird'"), ("3 7\n", r"image 3 is of class 7; .* has 2")):
+        labels.write_text(whole.replace("3 1\n", wrong))
+        with pytest.raises(M2MKDError, match=message):
+            create_dataset(f"cub:{cub}")
+    labels.write_text(whole)
     (cub / "images" / CLASSES[0] / "Bird_0001.jpg").unlink()
     with pytest.raises(M2MKDError, match=r"images.txt names .*Bird_0001.jpg, which does not exist"):
         create_dataset(f"cub:{cub}")

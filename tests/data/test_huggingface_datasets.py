@@ -61,15 +61,14 @@ def test_content_hash_sees_images_of_another_size_without_reading_them(saved, tm
     assert list(split.pictures.subset(torch.tensor([7, 2])).identities()) == [sizes[7], sizes[2]]
 
 
-def test_folder_of_images(tmp_path, monkeypatch):
+def test_folder_of_images(tmp_path):
     """What `load_dataset` makes of a folder of images, whose rows name files instead of holding them."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for part, offset in (("train", 0), ("test", 100)):
         for label, name in enumerate(("ant", "bee")):
             for i in range(2):
                 write_picture(tmp_path / "insects" / part / name / f"{i}.png", offset + 20 * label + i)
-    dataset = create_dataset(f"huggingface:{tmp_path / 'insects'}", **PLAIN)
+    dataset = create_dataset(f"huggingface:{tmp_path / 'insects'}", cache_dir=tmp_path / "cache", **PLAIN)
+    assert any((tmp_path / "cache").iterdir())
     assert dataset.class_names == ["ant", "bee"]
     images, labels = next(eval_batches(dataset.splits["test"], 8))
     assert labels.tolist() == [0, 0, 1, 1]

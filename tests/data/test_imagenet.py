@@ -124,9 +124,12 @@ def test_wrong_ground_truth(flat_imagenet):
     with pytest.raises(M2MKDError, match=r"names 3 images and .*val has 4"):
         create_dataset(f"imagenet:{flat_imagenet}")
     (flat_imagenet / "meta.bin").write_bytes(b"nonsense")
-    with pytest.raises(M2MKDError, match=r"meta.bin is not torchvision's meta.bin"):
+    with pytest.raises(M2MKDError, match=r"meta.bin is not as published .*; expected meta.bin"):
         create_dataset(f"imagenet:{flat_imagenet}")
     truth = flat_imagenet / "LOC_val_solution.csv"
+    truth.write_text("image,class\n1,2\n")
+    with pytest.raises(M2MKDError, match=r"solution.csv is not as published \(KeyError: 'ImageId'\)"):
+        create_dataset(f"imagenet:{flat_imagenet}", val_truth=truth)
     truth.write_text(f"ImageId,PredictionString\nILSVRC2012_val_00000001,{WNIDS[0]} 1 2 3 4\n")
     with pytest.raises(M2MKDError, match=r"does not name ILSVRC2012_val_00000002.JPEG"):
         create_dataset(f"imagenet:{flat_imagenet}", val_truth=truth)

@@ -12,10 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import encoded, reds
+from torch import nn
 
 from m2mkd_fast.data import create_dataset, eval_batches, train_batches
 from m2mkd_fast.data.shard_index import UnkeptIndexWarning
+from m2mkd_fast.distill.tasks import SupervisedTask
 from m2mkd_fast.errors import M2MKDError
+from m2mkd_fast.pipeline.config import DataConfig, TrainingConfig
+from m2mkd_fast.pipeline.execution import Execution
+from m2mkd_fast.pipeline.training import fit
 
 webdataset = pytest.importorskip("webdataset")
 PLAIN = {"image_size": 4, "mean": (0,) * 3, "std": (1,) * 3}
@@ -82,6 +87,21 @@ def test_training_goes_on_in_mid_epoch(shards, augmentation):
     late = list(train_batches(split, start=4, num_workers=2, **options))
     for (images, labels), (other_images, other_labels) in zip(whole[4:], late, strict=True):
         assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
+
+
+def test_a_training_that_stopped_in_mid_epoch_ends_with_the_same_weights(shards, tmp_path):
+    split = create_dataset(f"webdataset:{shards}", **PLAIN).splits["train"]
+    config = TrainingConfig(steps=5, batch_size=6, checkpoint_every=2)
+    data = DataConfig(augmentation={"name": "timm", "hflip": 0.5}, repeats=2)
+    ends = []
+    for stops in ((5,), (2, 3, 5)):  # 20 images: an epoch ends in the fourth batch
+        for until in stops:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+            options = {"seed": 1, "data": data, "execution": Execution("cpu"), "until": until}
+            fit(SupervisedTask(model), split, config, folder=tmp_path / f"run{len(stops)}", **options)
+        ends.append(model[1].weight)
+    assert torch.equal(*ends)
 
 
 def test_a_copy_for_another_process_opens_its_own_files(shards):
