@@ -12,7 +12,7 @@ from m2mkd_fast.pipeline.files import Failure
 from m2mkd_fast.pipeline.lease import LeaseObserver
 from m2mkd_fast.pipeline.plan import Step
 from m2mkd_fast.pipeline.progress import Progress
-from m2mkd_fast.pipeline.steps import check_hybrids
+from m2mkd_fast.pipeline.steps import check_hybrids, pieces, tidy
 from m2mkd_fast.pipeline.stopping import Stopped, stop_requested
 from m2mkd_fast.pipeline.workbench import Workbench
 
@@ -74,6 +74,7 @@ class _Dispatch:
 
     def run(self) -> None:
         self._look()
+        self._tidy()
         if self.done:
             self.display.message(f"{len(self.done)} of {len(self.steps)} steps were done before")
         looked = time.monotonic()
@@ -100,6 +101,15 @@ class _Dispatch:
                 self.done.add(step.name)
                 if step.phase == "hybrids":
                     check_hybrids(result, self.bench.config.meta.max_hybrid_drop)
+
+    def _tidy(self) -> None:
+        """A process that was killed after its result was written has left its checkpoints behind."""
+        for step in self.steps:
+            folder = self.bench.step_folder(step.name)
+            left = pieces(folder) or (step.phase != "round" and (folder / "checkpoints").exists())
+            if step.name in self.done and left and (lease := self.leases[step.name].acquire()) is not None:
+                with lease:
+                    tidy(self.bench, step)
 
     def _free(self) -> list[tuple[Step, int]]:
         """Steps that can be begun here: their needs are done, nobody works on them, and there is room."""

@@ -127,7 +127,10 @@ class Lease:
                 return False
             self._holder = replace(self._holder, heartbeat=self._holder.heartbeat + 1, state=state)
             temporary = _write_temporary(self.folder, self._holder)
-            os.replace(temporary, _path(self.folder, self.number))
+            try:
+                os.replace(temporary, _path(self.folder, self.number))
+            except FileNotFoundError:
+                return False  # only who takes the lease tidies up
             _remove_below(self.folder, self.number)
             return True
 
@@ -197,18 +200,20 @@ def take(folder: Path, after: int, interval: float = INTERVAL) -> Lease | None:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = _write_temporary(folder, holder)
         try:
-            os.link(temporary, _path(folder, number))
-        except FileExistsError:
-            # A network file system may repeat a request whose answer was lost, and find its own link.
-            if os.stat(temporary).st_nlink < 2:
-                return None
+            won = _link(temporary, _path(folder, number))
+        except FileNotFoundError:
+            won = False  # who was faster has tidied up
         finally:
             temporary.unlink(missing_ok=True)
+        if not won:
+            return None
         # Whoever was slow may have created a number that later holders had left behind.
         if highest_number(folder) > number:
             _path(folder, number).unlink(missing_ok=True)
             return None
         _remove_below(folder, number)
+        for rest in folder.glob(".*.partial"):  # of processes that were killed, or that come too late now
+            rest.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(_path(folder, number), error) from error
     return Lease(folder, holder)
@@ -259,6 +264,15 @@ def _write_temporary(folder: Path, holder: Holder) -> Path:
     temporary = folder / f".{holder.owner.replace('/', '_')}.partial"
     temporary.write_text(json.dumps(asdict(holder)))
     return temporary
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # A network file system may repeat a request whose answer was lost, and find its own link.
+        return os.stat(temporary).st_nlink > 1
+    return True
 
 
 def _remove_below(folder: Path, number: int) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -89,13 +90,29 @@ def _run_step(bench: Workbench, step: Step, progress: Progress, lease: Lease | N
         return result
     work.guard()
     write_json(folder / "result.json", result)
-    if step.phase != "round":  # its state is where the pair's next step begins
-        Checkpoints(folder / "checkpoints").clear()
+    tidy(bench, step)
     if result["steps"]:
         progress.finish(step.name, _headline(result))
     else:  # nothing was trained, so no bar was started
         progress.message(f"{step.name}: {_headline(result)}")
     return result
+
+
+def tidy(bench: Workbench, step: Step) -> None:
+    """Remove what a finished step needs no more: its checkpoints, and pieces of files that a kill left behind.
+
+    Whoever calls this holds the step's lease.
+    """
+    folder = bench.step_folder(step.name)
+    if step.phase != "round":  # its state is where the pair's next step begins
+        Checkpoints(folder / "checkpoints").clear()
+    for rest in pieces(folder):
+        rest.unlink(missing_ok=True)
+
+
+def pieces(folder: Path) -> list[Path]:
+    """Files of a step's folder that were being written when a process was killed."""
+    return [*folder.glob(".*.partial"), *folder.glob("checkpoints/.*.partial")]
 
 
 class _Work:

@@ -64,6 +64,8 @@ class Launcher:
     def begin(self, steps) -> None:
         self.begun.append([step.name for step, _ in steps])
         self.active += self.begun[-1]
+        for step, _ in steps:
+            Failure(self.bench.step_folder(step.name)).begin()
 
     def reports(self, seconds: float) -> list[Report]:
         names, self.active = self.active, []
@@ -98,6 +100,17 @@ def test_what_is_done_is_not_begun(bench):
     dispatch(bench, STEPS, launcher, display, retries=0)
     assert launcher.begun == [["b"], ["d"]]
     assert display.lines == ["2 of 4 steps were done before"]
+
+
+def test_what_a_kill_after_the_result_left_behind_goes(bench):
+    bench.finish("a")
+    folder = bench.step_folder("a")
+    (folder / "checkpoints").mkdir()
+    for name in (".weights.safetensors.1.partial", "checkpoints/.00000002.json.1.partial", "checkpoints/00000002.json"):
+        (folder / name).write_text("")
+    dispatch(bench, STEPS, Launcher(bench), Display(), retries=0)
+    assert {path.name for path in folder.iterdir()} == {"result.json", "lease"}
+    assert not bench.step_folder("b").joinpath("lease").exists()
 
 
 def test_a_step_whose_process_died_is_begun_again_so_often(bench):
@@ -175,6 +188,7 @@ def test_failures_are_counted_until_one_attempt_succeeds(tmp_path):
         assert failure.read() is None
         failure.record("too hot", True, said.append)
         assert Failure(tmp_path).read()["attempts"] == attempts
-    Failure(tmp_path / "file").path.parent.write_text("")
-    Failure(tmp_path / "file").record("too hot", False, said.append)
+    failure = Failure(tmp_path / "full")
+    failure.path.parent.write_text("")  # what stands where the folder should be is as bad as a full disk
+    failure.record("too hot", False, said.append)
     assert len(said) == 1 and "cannot write" in said[0]
