@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import TracebackType
 
 from m2mkd_fast.atomic import unwritable
 from m2mkd_fast.errors import M2MKDError
@@ -109,8 +110,15 @@ class Lease:
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.release()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.release()
+        except M2MKDError:
+            # What went wrong in the block says more, and without a heartbeat others can soon take the lease.
+            if error is None:
+                raise
 
     def _keep(self) -> None:
         while not self._ended.wait(self._holder.interval):
@@ -262,7 +270,11 @@ def _path(folder: Path, number: int) -> Path:
 
 def _write_temporary(folder: Path, holder: Holder) -> Path:
     temporary = folder / f".{holder.owner.replace('/', '_')}.partial"
-    temporary.write_text(json.dumps(asdict(holder)))
+    try:
+        temporary.write_text(json.dumps(asdict(holder)))
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return temporary
 
 

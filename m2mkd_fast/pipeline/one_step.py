@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -65,12 +66,9 @@ def run_one_step(folder: Path, name: str, overrides: Sequence[str], progress: Pr
             progress.message(f"{name}: runs elsewhere ({holder.host}, process {holder.pid}); waiting")
             told = True
         time.sleep(_POLL)
-    try:
+    with lease or nullcontext():
         run_step(bench, step, progress, lease)
         group.barrier()
-    finally:
-        if lease is not None:
-            lease.release()
 
 
 def _decide(bench: Workbench, name: str, observer: LeaseObserver) -> tuple[Lease | None, str]:

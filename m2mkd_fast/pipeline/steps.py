@@ -147,7 +147,8 @@ class _Work:
         learning_rate: LearningRateFactor | None = None,
     ) -> FitResult:
         folder, name = self.bench.folder, self.step.name
-        with open_trackers(self.config.trackers, folder, name, self.progress.message) as tracker:
+        trackers = self.config.trackers if self.writes else []
+        with open_trackers(trackers, folder, name, self.progress.message) as tracker:
             return fit(
                 task,
                 self.bench.train_split,

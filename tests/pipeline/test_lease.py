@@ -262,3 +262,15 @@ def test_who_comes_second_waits(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_an_error_in_the_block_is_not_hidden_by_a_lease_that_cannot_be_released(tmp_path, monkeypatch):
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    leases = [LeaseObserver(tmp_path / name).acquire() for name in "ab"]
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(M2MKDError, match="the step's own"), leases[0]:
+        raise M2MKDError("the step's own")
+    with pytest.raises(M2MKDError, match=r"cannot write .*b/1.json: .*No space left"), leases[1]:
+        assert leases[1].number == 1

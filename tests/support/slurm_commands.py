@@ -65,7 +65,10 @@ def start(folder: Path, name: str) -> None:
         grep -q REQUEUED "$JOB/state" || echo $code >"$JOB/code"
         echo $code >"$JOB/ended"
     """
-    subprocess.Popen(["bash", "-c", code], env=environment, start_new_session=True)
+    nothing = subprocess.DEVNULL  # sbatch's caller waits until nobody holds its output any more
+    subprocess.Popen(
+        ["bash", "-c", code], env=environment, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+    )
 
 
 def srun(folder: Path, *words: str) -> None:
