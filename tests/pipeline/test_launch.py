@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ from tiny_run import tiny
 from m2mkd_fast.cli import main
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.pipeline.config import make_config
-from m2mkd_fast.pipeline.lease import read_holder
+from m2mkd_fast.pipeline.lease import Holder, read_holder
 from m2mkd_fast.pipeline.opening import own_settings
 from m2mkd_fast.pipeline.run import run
+from m2mkd_fast.pipeline.stopping import Stopped, handle_stop_signals, request_stop
 
 # The shortest run with steps that need one another and steps that do not: two modules, one arm beside another.
 SMALL = {"arms": ["m2mkd", "scratch"], "teacher__parts": 2, "student__parts": 2}
@@ -76,28 +78,44 @@ def test_two_launchers_divide_the_steps_and_do_each_once(undisturbed, tmp_path):
     assert {holder.state for holder in holders.values()} == {"released"}
 
 
-def kill_holder_of(folder: Path, step: str) -> threading.Thread:
-    """A thread that kills who works on a step as soon as somebody does."""
+def as_soon_as_begun(folder: Path, step: str, act: Callable[[Holder], None]) -> threading.Thread:
+    """A thread that does something about who works on a step as soon as somebody does."""
 
-    def kill() -> None:
+    def watch() -> None:
         deadline = time.monotonic() + 100
         while (holder := read_holder(folder / "steps" / step / "lease")) is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        os.kill(holder.pid, signal.SIGKILL)
+        act(holder)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=watch)
     thread.start()
     return thread
 
 
+def kill(holder: Holder) -> None:
+    os.kill(holder.pid, signal.SIGKILL)
+
+
+def test_asked_to_stop_workers_save_and_the_next_start_goes_on(undisturbed, tmp_path):
+    with handle_stop_signals():
+        asking = as_soon_as_begun(tmp_path, "meta", lambda holder: request_stop())
+        with pytest.raises(Stopped, match=r"\d of 7 steps are done"):
+            run(config_of(tmp_path), jobs=2)
+        asking.join()
+    assert not (tmp_path / "steps/m2mkd/e2e/result.json").exists()
+    assert all(read_holder(path).state == "released" for path in tmp_path.glob("steps/**/lease"))
+    run(config_of(tmp_path), jobs=1)
+    assert outcome(tmp_path) == outcome(undisturbed)
+
+
 def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(undisturbed, tmp_path, capsys):
-    killer = kill_holder_of(tmp_path, "teacher")
+    killer = as_soon_as_begun(tmp_path, "teacher", kill)
     with pytest.raises(M2MKDError, match=r"step teacher: its process was killed by SIGKILL .* attempt 1"):
         run(config_of(tmp_path), jobs=2, retries=0)
     killer.join()
     failure = json.loads((tmp_path / "steps/teacher/failure.json").read_text())
     assert "SIGKILL" in failure["error"] and failure["attempts"] == 1
-    killer = kill_holder_of(tmp_path, "meta")
+    killer = as_soon_as_begun(tmp_path, "meta", kill)
     run(config_of(tmp_path), jobs=2)
     killer.join()
     assert "retry 1 of 2" in capsys.readouterr().err
@@ -166,7 +184,7 @@ def test_a_job_saves_before_its_time_is_over_and_is_queued_again(tmp_path, monke
     """submitit's handler of the signal is called once the step has saved, and not before."""
     pytest.importorskip("submitit")
     from m2mkd_fast.pipeline.launch.slurm import StepJob
-    from m2mkd_fast.pipeline.stopping import Stopped, stop_requested
+    from m2mkd_fast.pipeline.stopping import stop_requested
 
     order: list[str] = []
 
