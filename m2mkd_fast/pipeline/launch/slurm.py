@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -187,7 +188,7 @@ class Slurm:
         found = []
         for name in over:
             job, attempts = self._running.pop(name)
-            found.append(ended(self._folder, name, attempts, _cause(job)))
+            found.append(ended(self._folder, name, attempts, partial(_cause, job)))
         if over:
             self._write()
         return found

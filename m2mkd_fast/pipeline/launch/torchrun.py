@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -113,21 +113,28 @@ class Torchrun:
 
     def _report(self, group: _Group) -> Report:
         cause = f"its process group ended with exit code {group.process.returncode}"
-        report = ended(self._folder, group.step, group.attempts, cause)
+        report = ended(self._folder, group.step, group.attempts, lambda: cause)
         if report.kind == "died" and self._stopping:
             return Report(group.step, "stopped", error=Stopped(f"step {group.step} was stopped"))
         return report
 
 
-def ended(folder: Path, name: str, attempts: int, cause: str) -> Report:
-    """How a step's processes ended, as its folder tells; `attempts` of it had failed before they began."""
+def ended(folder: Path, name: str, attempts: int, cause: Callable[[], str]) -> Report:
+    """How a step's processes ended, as its folder tells.
+
+    Args:
+        folder: the run's.
+        name: of the step.
+        attempts: how many had failed before these processes began.
+        cause: says why they ended where the folder does not.
+    """
     path = folder / "steps" / name
     if (path / "result.json").exists():
         return Report(name, "finished")
     failure = Failure(path).read()
     if failure is not None and failure["attempts"] > attempts and failure["final"]:
         return Report(name, "failed", error=M2MKDError(failure["error"]))
-    return Report(name, "died", cause)
+    return Report(name, "died", cause())
 
 
 def failed_attempts(folder: Path, name: str) -> int:
