@@ -99,11 +99,12 @@ class Torchrun:
     def reports(self, seconds: float) -> Sequence[Report]:
         deadline = time.monotonic() + seconds
         while True:
-            ended = [group for group in self._groups if group.process.poll() is not None]
-            if ended or time.monotonic() >= deadline:
+            over = [group for group in self._groups if group.process.poll() is not None]
+            if over or time.monotonic() >= deadline:
                 break
             time.sleep(0.05)
-        self._groups = [group for group in self._groups if group not in ended]
+        self._groups = [group for group in self._groups if group not in over]
+        return [self._report(group) for group in over]
 
     def stop(self) -> None:
         self._stopping = True
