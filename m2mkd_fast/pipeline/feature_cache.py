@@ -103,7 +103,7 @@ class FeatureCache:
         (rank, world), shards = processes, range(math.ceil(batches / each))
         for begin in shards[::world]:
             shard = begin + rank
-            if shard in shards and self._facts_of(shard) is None:
+            if shard in shards and not self._complete(shard):
                 self._write_shard(shard)
             after_shard(min(batches, (begin + world) * each))
         if rank > 0:
@@ -149,13 +149,19 @@ class FeatureCache:
         return "" if _digest(path) == facts["files"][feature]["sha256"] else "is damaged (its checksum differs)"
 
     def _facts_of(self, shard: int) -> dict[str, Any] | None:
-        """Checksums of a shard whose files are all there, else None."""
+        """Checksums and sizes of a shard's files; None where they are not (intact) there."""
         try:
             facts = json.loads(self._path("shard", shard, "json").read_text())
-            sizes = {name: self._path(name, shard).stat().st_size for name in facts["files"]}
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
             return None
-        return facts if sizes == {name: file["bytes"] for name, file in facts["files"].items()} else None
+        return facts if isinstance(facts, dict) and "files" in facts else None
+
+    def _complete(self, shard: int) -> bool:
+        facts = self._facts_of(shard)
+        if facts is None:
+            return False
+        paths = {self._path(name, shard): file["bytes"] for name, file in facts["files"].items()}
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
     def _write_shard(self, shard: int) -> None:
         started = time.perf_counter()

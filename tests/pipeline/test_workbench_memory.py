@@ -85,7 +85,9 @@ def test_a_pair_holds_the_modules_that_it_uses(bench, monkeypatch, created, cach
     assert bytes_alive(created) == 0
     pair = _make_pair(_Work(bench, Step(f"{arm}/pair{slot}", "m2mKD", arm=arm, slot=slot), Silent()))
     inputs, labels = (
-        next(iter(pair.source.batches(0, 1))) if cache else (torch.zeros(2, 1, 16, 16), torch.zeros(2, dtype=torch.long))
+        next(iter(pair.source.batches(0, 1)))
+        if cache
+        else (torch.zeros(2, 1, 16, 16), torch.zeros(2, dtype=torch.long))
     )
     assert pair.task(inputs, labels).total.isfinite()
     assert bytes_alive(created) == wanted
