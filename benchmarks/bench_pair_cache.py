@@ -35,6 +35,7 @@ from m2mkd_fast.pipeline.files import write_json
 from m2mkd_fast.pipeline.training import fit
 from m2mkd_fast.pipeline.workbench import Workbench
 
+WARM_UP = 10
 CONFIG = Path(__file__).parent.parent / "configs" / "digits_vmoe.yaml"
 
 
@@ -49,11 +50,10 @@ class SlotRatio(Ratio):
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Mean of the slots' speedups, and what the cache takes."""
+class Cost:
+    """What the cache takes for each image, of all slots together."""
 
     name: str
-    mean_speedup: float
     bytes_per_image: float
     seconds_per_1000_images: float
 
@@ -98,27 +98,43 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results, speedups, warm_up = Results(options.json), [], 10
+    results = Results(options.json)
     with tempfile.TemporaryDirectory() as folder:
-        count = warm_up + options.pairs + 1
-        bench = prepared(options.config, [*options.overrides, f"pair.cache_batches={count}"], Path(folder))
-        made = make_cache(bench, "cache", print)
-        for slot in range(bench.slots):
-            loops = [Steps(bench, *pair_of(bench, slot, cached), count) for cached in (False, True)]
-            flops = [step_flops(bench, slot, cached) for cached in (False, True)]
-            ratio = paired_ratio(f"slot {slot}, from the cache", *loops, pairs=options.pairs, warm_up=warm_up)
-            results.add(SlotRatio(**vars(ratio), flops_ratio=flops[0] / flops[1]))
-            speedups.append(ratio.speedup)
-            for loop in loops:  # the last step of both
-                loop()
-                loop.thread.join()
-        per_image, seconds = made["cache"]["bytes"] / made["images"], 1000 * made["seconds"] / made["images"]
-        results.add(Summary(f"mean of {bench.slots} slots", statistics.mean(speedups), per_image, seconds))
+        bench = prepared(options.config, [*options.overrides, f"pair.cache_batches={WARM_UP + options.pairs}"], folder)
+        made = make_cache(bench, "cache", print, lambda: None)
+        ratios = [measure_slot(bench, slot, options.pairs) for slot in range(bench.slots)]
+        for ratio in [*ratios, mean_of(ratios)]:
+            results.add(ratio)
+        images = made["images"]
+        results.add(Cost("the cache", made["cache"]["bytes"] / images, 1000 * made["seconds"] / images))
 
 
-def prepared(config: Path, overrides: list[str], folder: Path) -> Workbench:
+def measure(pairs: int) -> Ratio:
+    """The mean over all slots, in the demo's configuration, on the threads that are set."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = prepared(CONFIG, [f"pair.cache_batches={WARM_UP + pairs}"], folder)
+        make_cache(bench, "cache", print, lambda: None)
+        return mean_of([measure_slot(bench, slot, pairs) for slot in range(bench.slots)])
+
+
+def measure_slot(bench: Workbench, slot: int, pairs: int) -> SlotRatio:
+    loops = [Steps(bench, *pair_of(bench, slot, cached), WARM_UP + pairs) for cached in (False, True)]
+    flops = [step_flops(bench, slot, cached) for cached in (False, True)]
+    ratio = paired_ratio(f"slot {slot}, from the cache", *loops, pairs=pairs, warm_up=WARM_UP)
+    for loop in loops:
+        loop.thread.join()
+    return SlotRatio(**vars(ratio), flops_ratio=flops[0] / flops[1])
+
+
+def mean_of(ratios: list[SlotRatio]) -> SlotRatio:
+    """The slots' mean ratio. Its interval is the mean of theirs, which is wider than that of a mean."""
+    values = [tuple(vars(ratio).values())[1:] for ratio in ratios]
+    return SlotRatio(f"mean over {len(ratios)} slots", *map(statistics.mean, zip(*values, strict=True)))
+
+
+def prepared(config: Path, overrides: list[str], folder: str) -> Workbench:
     """A run folder whose teacher and meta model are there, untrained: their values take no time."""
-    bench = Workbench(load_config(config, ["pair.cache=true", *overrides]), folder)
+    bench = Workbench(load_config(config, ["pair.cache=true", *overrides]), Path(folder))
     teacher = bench.teacher_chain()
     for name, model in {bench.teacher_step: teacher, "meta": bench.meta(teacher)}.items():
         digest = save_module(bench.step_folder(name) / "weights.safetensors", model, {})

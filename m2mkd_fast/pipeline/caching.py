@@ -30,9 +30,7 @@ def cached_batches(bench: Workbench, task: CachedPairTask, say: Callable[[str], 
     return CachedBatches(cache, names, bench.execution.shard, bench.config.pair.train.accumulate)
 
 
-def make_cache(
-    bench: Workbench, name: str, say: Callable[[str], None], guard: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
+def make_cache(bench: Workbench, name: str, say: Callable[[str], None], guard: Callable[[], None]) -> dict[str, Any]:
     """Write the cache, or what is missing of it, and return the step's result.
 
     Its ``weights_hash`` is the cache's key, so that pairs that were made from another cache are found.

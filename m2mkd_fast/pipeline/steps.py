@@ -247,7 +247,7 @@ def check_hybrids(result: dict[str, Any], max_drop: float) -> None:
 
 
 def _cache(work: _Work) -> dict[str, Any]:
-    return make_cache(work.bench, work.step.name, work.progress.message)
+    return make_cache(work.bench, work.step.name, work.progress.message, work.guard)
 
 
 def _make_pair(work: _Work, fresh: bool = True) -> TeachingPair:
@@ -317,7 +317,7 @@ def _end_to_end(work: _Work) -> dict[str, Any]:
     bench, arm, training = work.bench, work.step.arm, work.config.e2e
     cold: dict[str, float] = {}
     if arm in ("scratch", "distill"):
-        training, model = baseline_training(work.config, len(bench.teacher_chain())), bench.student_model()
+        training, model = baseline_training(work.config, bench.slots), bench.student_model()
     else:
         assemblies = {}
         for stitches in ("kept", "folded", "dropped"):

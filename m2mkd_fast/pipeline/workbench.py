@@ -133,7 +133,7 @@ class Workbench:
         """The finished meta model; with `slots`, the other modules are without memory."""
         return self._trained(meta_model(self._teacher_shape[1], self.config.meta.depth), "meta", slots)
 
-    def _trained(self, chain: ModuleChain, step: str, slots: Iterable[int] | None) -> ModuleChain:
+    def _trained(self, chain: ModuleChain, step: str, slots: Iterable[int] | None = None) -> ModuleChain:
         give_memory(*(chain[slot] for slot in (range(len(chain)) if slots is None else slots)))
         return self.load(chain, step, partly=True)
 
@@ -156,7 +156,7 @@ class Workbench:
             return self.load(self.assembled(self.student_modules(), stitches).model, name)
         if phase in ("hybrids", "cache"):
             raise M2MKDError(f"step {name} made no model; evaluate teacher, meta, a pair or an arm's e2e")
-        return self.load(self.meta() if phase == "PT" else self.teacher_chain(), name)
+        return self.trained_meta() if phase == "PT" else self._trained(copy.deepcopy(self._teacher_shape[1]), name)
 
     def settings(self, arm: str, training_smoothing: float) -> DistillationSettings:
         """Loss weights of an arm; the arm ``task`` learns its modules from the labels alone."""

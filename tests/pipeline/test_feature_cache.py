@@ -260,7 +260,7 @@ def test_what_features_follow_from_is_in_the_key(tmp_path_factory, cached_run, c
 
 def test_mixed_labels_are_kept_exactly(tmp_path):
     bench = finished_bench(tiny(pair__cache=True, pair__train__mixup=0.5, arms=["m2mkd"]), tmp_path)
-    make_cache(bench, "cache", print)
+    make_cache(bench, "cache", print, lambda: None)
     task = CachedPairTask(bench.student_modules()[0], 0, bench.trained_meta(), bench.settings("m2mkd", 0.1))
     _, labels = next(cached_batches(bench, task, print).batches(0, 1))
     assert labels.dtype == torch.float32 and labels.shape == (16, 10)
@@ -272,11 +272,11 @@ def test_a_request_to_stop_ends_it_between_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)
     monkeypatch.setattr(stopping, "_requested", True)
     with pytest.raises(Stopped, match="stopped at batch 1 of 4"):
-        make_cache(bench, "cache", print)
+        make_cache(bench, "cache", print, lambda: None)
     monkeypatch.setattr(stopping, "_requested", False)
     made = []
     monkeypatch.setattr(FeatureCache, "_write_shard", spied(FeatureCache._write_shard, made))
-    assert make_cache(bench, "cache", print)["cache"]["batches"] == 4
+    assert make_cache(bench, "cache", print, lambda: None)["cache"]["batches"] == 4
     assert made == [1, 2, 3]
 
 

@@ -77,13 +77,13 @@ def test_a_pair_holds_the_modules_that_it_uses(bench, monkeypatch, created, cach
     monkeypatch.setattr(bench.config.pair, "cache", cache)
     monkeypatch.setattr(bench.config.pair, "prefix", prefix)
     if cache:
-        make_cache(bench, "cache", print)
+        make_cache(bench, "cache", print, lambda: None)
     teacher, meta = bench.teacher_chain(), bench.meta()
     wanted = bytes_of(*(teacher[i] for i in teachers), *(meta[i] for i in range(3) if i != slot))
     wanted += bytes_of(bench.student_modules()[slot])
     del teacher, meta
     assert bytes_alive(created) == 0
-    pair = _make_pair(_Work(bench, Step(f"{arm}/pair{slot}", "m2mKD", arm=arm, slot=slot), Silent()))
+    pair = _make_pair(_Work(bench, Step(f"{arm}/pair{slot}", "m2mKD", arm=arm, slot=slot), Silent(), None))
     inputs, labels = (
         next(iter(pair.source.batches(0, 1)))
         if cache
@@ -177,7 +177,7 @@ def watch():
     while not over.wait(0.002):
         peak[0] = max(peak[0], anonymous())
 watcher = threading.Thread(target=watch); watcher.start()
-pair = _make_pair(_Work(bench, Step(f"m2mkd/pair{slot}", "m2mKD", arm="m2mkd", slot=slot), Silent()))
+pair = _make_pair(_Work(bench, Step(f"m2mkd/pair{slot}", "m2mKD", arm="m2mkd", slot=slot), Silent(), None))
 pair.task(torch.zeros(2, 1, 16, 16), torch.zeros(2, dtype=torch.long)).total.backward()
 over.set(); watcher.join()
 print(peak[0] - before)
