@@ -161,7 +161,8 @@ def _share_of(bench: Workbench, step: Step) -> _Share:
 def _take_over(work: _Work) -> None:
     """Put the state in which a pair's last round ended where this step begins, unless this one has begun already.
 
-    A round's state stays until the next but one begins, so each step can be made again from the one before it.
+    A round's state stays until the next but one begins, so each step can be made again from the one before it. Where
+    its newest checkpoint is damaged, the steps since the one before are trained again here, with the same batches.
 
     Raises:
         M2MKDError: the round before has no intact state any more.
@@ -216,9 +217,8 @@ def _loss(work: _Work, pair: TeachingPair) -> float:
     """A pair's mean loss on its first training batches, in evaluation mode."""
     bench, execution = work.bench, work.bench.execution
     device = execution.accelerator.device
-    source = pair.source or AugmentedBatches(
-        bench.train_split, work.config.pair.train, work.seed, work.config.data, device
-    )
+    data = replace(work.config.data, num_workers=0)  # starting workers would take longer than these batches
+    source = pair.source or AugmentedBatches(bench.train_split, work.config.pair.train, work.seed, data, device)
     pair.task.to(device).eval()
     losses = []
     with torch.no_grad(), execution.autocast():

@@ -195,10 +195,12 @@ def test_the_plan_has_a_step_a_pair_and_round_and_the_equal_plan_is_as_it_was():
 
 
 def bandit(folder: Path):
-    """Three pairs, two rounds of seven steps and four of annealing, with all that a pair's state may hold."""
+    """Two pairs, two rounds of five steps and two of annealing, with all that a pair's state may hold."""
+    small = {"teacher": {"parts": 2, "options": {"depth": 2}}, "student": {"parts": 2, "options": {"depth": 2}}}
     return make_config(
         [
             tiny(output=str(folder), arms=["m2mkd"], student__stitch_init="least_squares", student__stitch_batches=2),
+            small,
             {
                 "pair": {
                     "train": PHASE | {"steps": 6, "ema_decay": 0.5},
@@ -230,12 +232,12 @@ def trained(tmp_path_factory) -> Path:
 
 def test_rounds_give_the_whole_budget_and_a_pair_its_whole_result(trained):
     done = results(trained)
-    pairs = [done[f"m2mkd/pair{i}"] for i in range(3)]
-    assert sum(pair["steps"] for pair in pairs) == 3 * 6
+    pairs = [done[f"m2mkd/pair{i}"] for i in range(2)]
+    assert sum(pair["steps"] for pair in pairs) == 2 * 6
     history = []
     for index in range(2):
-        expected = allocate(history, slots=3, steps=7, slice_steps=2, discount=0.2, seed=budget_seed())
-        rounds = [done[f"m2mkd/round{index}/pair{i}"] for i in range(3)]
+        expected = allocate(history, slots=2, steps=5, slice_steps=2, discount=0.2, seed=budget_seed())
+        rounds = [done[f"m2mkd/round{index}/pair{i}"] for i in range(2)]
         assert [result["steps"] for result in rounds] == [result["slice"]["steps"] for result in rounds] == expected
         history.append([Slice(**result["slice"]) for result in rounds])
     for i, pair in enumerate(pairs):
@@ -250,9 +252,9 @@ def test_rounds_give_the_whole_budget_and_a_pair_its_whole_result(trained):
         losses = [line["step"] for line in lines if "loss" in line]
         assert losses == sorted(set(losses)) and losses[0] <= 3 and losses[-1] == pair["steps"]
         assert (trained / f"steps/m2mkd/pair{i}/weights.safetensors").exists()
-        assert set(pair["stitch_fit"]) == ({"post"} if i < 2 else set())
+        assert set(pair["stitch_fit"]) == ({"post"} if i == 0 else set())
     kept = {path.parts[-4] + "/" + path.parts[-3] for path in trained.glob("steps/m2mkd/**/checkpoints/*.json")}
-    assert kept == {f"round1/pair{i}" for i in range(3)}
+    assert kept == {f"round1/pair{i}" for i in range(2)}
 
 
 def budget_seed() -> int:
@@ -266,7 +268,7 @@ class Killed(BaseException):
 
 
 def test_killed_again_and_again_it_ends_the_same(trained, tmp_path, monkeypatch):
-    """Every start writes three checkpoints at most: what a step takes over, what it saves within and at its end."""
+    """Every start writes four checkpoints at most: what a step takes over, what it saves within and at its end."""
     shared = [trained / "steps" / name for name in ("teacher", "meta", "hybrids")]
     for path in shared:
         shutil.copytree(path, tmp_path / "steps" / path.name)
@@ -281,13 +283,13 @@ def test_killed_again_and_again_it_ends_the_same(trained, tmp_path, monkeypatch)
 
     monkeypatch.setattr(Checkpoints, "save", mortal)
     starts = 0
-    while f"{bandit(tmp_path).arms[0]}/pair2" not in results(tmp_path):
-        starts, left = starts + 1, 3
+    while "m2mkd/pair1" not in results(tmp_path):
+        starts, left = starts + 1, 4
         try:
             train_pairs(tmp_path)
         except Killed:
             assert starts < 20
-    assert starts > 4
+    assert starts > 2
     assert outcome(tmp_path) == outcome(trained)
 
 
@@ -300,7 +302,9 @@ def test_a_damaged_state_falls_back_and_a_lost_one_says_what_to_delete(trained, 
     damaged[-1] ^= 1
     newest.write_bytes(damaged)
     train_pairs(tmp_path)
-    assert outcome(tmp_path) == outcome(trained)
+    ended, expected = (results(path)["m2mkd/pair1"] for path in (tmp_path, trained))
+    for key in ("weights_hash", "metrics", "budget", "steps", "images", "flops"):
+        assert ended[key] == expected[key]
     for folder in (tmp_path / "steps/m2mkd/pair1", states):
         shutil.rmtree(folder)
     with pytest.raises(M2MKDError, match=r"round1/pair1 holds no intact state .* delete .*/m2mkd/round\*/pair1"):
