@@ -78,7 +78,7 @@ def line_of(row: Row) -> str:
     """`m2mkd/pair0: running on node7, 120/300 (40 %), loss 0.531, 1,234 images/s, 0:32 left`."""
     where = f" on {row.host}" if row.host and row.state in (RUNNING, STALE, FAILED) else ""
     parts = [f"{row.name}: {row.state}{where}"]
-    if row.done or row.state == RUNNING:
+    if row.done or (row.total and row.state == RUNNING):
         percent = f" ({100 * row.done / row.total:.0f} %)" if row.total and row.state != FINISHED else ""
         parts.append(f"{_done(row)}{percent}")
     if row.loss is not None:
