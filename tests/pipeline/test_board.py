@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from run_folders import PLAN, Clock, half_done, held, line, put
+from tiny_run import tiny
 
 from m2mkd_fast.pipeline.board import BoardReader
+from m2mkd_fast.pipeline.config import make_config
+from m2mkd_fast.pipeline.files import Failure
+from m2mkd_fast.pipeline.lease import LeaseObserver
+from m2mkd_fast.pipeline.opening import open_run_folder
+from m2mkd_fast.pipeline.plan import plan
 from m2mkd_fast.pipeline.schedule import critical_path, finishing_time
+from m2mkd_fast.pipeline.workbench import Workbench
 
 
 @pytest.fixture
@@ -185,3 +193,20 @@ def test_schedules():
     assert finishing_time({**seconds, "b": 4.0}, needs, 1, running=["b"]) == 14.0
     assert finishing_time({"a": 2.0, "b": 2.0, "c": 4.0}, {"a": [], "b": [], "c": []}, 2, running=["b", "c"]) == 4.0
     assert finishing_time({}, {}, 1) == 0.0
+
+
+def test_the_board_reads_what_a_run_writes(tmp_path):
+    """The plan, leases and failures as they are really written, not as this file writes them."""
+    config = make_config([tiny(output=str(tmp_path), arms=["m2mkd"])])
+    steps = plan(config, 3)
+    open_run_folder(Workbench(config, tmp_path), steps, 3)
+    Failure(tmp_path / "steps/meta").record("it cannot be", True, print)
+    with LeaseObserver(tmp_path / "steps/teacher/lease").acquire():
+        found = rows(tmp_path)
+        assert [(row.name, row.needs, row.total) for row in found.values()] == [
+            (step.name, step.needs, 0 if step.phase == "hybrids" else 4) for step in steps
+        ]
+        assert (found["teacher"].state, found["teacher"].host) == ("running", socket.gethostname())
+        assert (found["meta"].state, found["meta"].remark) == ("failed", "it cannot be")
+        assert {found[name].state for name in found.keys() - {"teacher", "meta"}} == {"waiting"}
+    assert rows(tmp_path)["teacher"].state == "ready"
