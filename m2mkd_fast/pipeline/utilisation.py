@@ -28,15 +28,15 @@ _GPU_PEAKS: dict[str, dict[str, float]] = {
     "H200 NVL": {"bfloat16": 835, "float16": 835, "tf32": 417, "float32": 60},
     "H200": {"bfloat16": 989, "float16": 989, "tf32": 494, "float32": 67},  # SXM
 }
-_SIZE = 768  # of the matrices that a CPU's peak is measured with: 7 MB in float32, enough for all threads
-_PASSES = 6
+# Of the matrices that a CPU's peak is measured with: larger and larger ones, until enough time is spent.
+_SIZES, _PASSES, _ENOUGH_SECONDS = (128, 256, 512, 1024, 2048), 4, 0.05
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOPs a second of a device at its best, where matrices are multiplied in ``dtype``; None where it is unknown.
 
-    Of a GPU its vendor's figure for dense matrices. Of a CPU the fastest of a few products of large matrices with the
-    threads that torch has now, measured once a process: about a tenth of a second.
+    Of a GPU its vendor's figure for dense matrices. Of a CPU the fastest of some products of large matrices with the
+    threads that torch has now, measured once a process in a few tenths of a second.
     """
     if device.type == "cpu":
         return _cpu_peak(dtype, torch.get_num_threads())
@@ -63,15 +63,18 @@ def gpu_peak(name: str, kind: str) -> float | None:
 
 @functools.cache
 def _cpu_peak(dtype: torch.dtype, threads: int) -> float:
-    left, right = torch.ones(_SIZE, _SIZE, dtype=dtype), torch.ones(_SIZE, _SIZE, dtype=dtype)
-    with torch.inference_mode():
-        torch.mm(left, right)  # the first product sets threads and buffers up
-        best = float("inf")
+    best, spent = 0.0, 0.0
+    for size in _SIZES:
+        if spent > _ENOUGH_SECONDS:  # some processors take seconds for what others do in no time, in bfloat16 above all
+            break
+        left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
         for _ in range(_PASSES):
             started = time.perf_counter()
-            torch.mm(left, right)
-            best = min(best, time.perf_counter() - started)
-    return 2 * _SIZE**3 / best
+            with torch.inference_mode():
+                torch.mm(left, right)
+            took = time.perf_counter() - started
+            best, spent = max(best, 2 * size**3 / took), spent + took
+    return best
 
 
 def compute_dtype(autocast: torch.autocast, device: torch.device) -> torch.dtype:
