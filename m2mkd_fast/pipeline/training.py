@@ -136,7 +136,8 @@ class _Run:
                 self.window = LossWindow(execution, facts["window"])
             if execution.is_main:
                 guard()
-                self.metrics = MetricsFile(folder / "metrics.jsonl", keep_until=self.progress.step, tracker=tracker)
+                kept = self.progress.step if facts is not None else -1  # step 0 is evaluated again
+                self.metrics = MetricsFile(folder / "metrics.jsonl", kept, tracker)
         done = self.progress
         self.meter = Meter(execution.accelerator.device, execution.autocast(), done.images, done.seconds, done.flops)
 
@@ -203,7 +204,7 @@ class _Run:
             outcome = self.step(t, inputs, labels.to(device), shares=shares)
         if counts:
             self.progress.flops_per_step = float(counter.get_total_flops())
-        if outcome.gradient_share:
+        if shares:
             self.progress.gradient_share = outcome.gradient_share
         return outcome
 

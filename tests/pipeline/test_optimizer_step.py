@@ -316,21 +316,44 @@ def test_fp16_finds_its_scale_and_keeps_it_in_checkpoints(images, tmp_path):
     assert torch.equal(weights, same) and again.steps == 20
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"checkpoint_activations": True}], ids=str)
-def test_a_compiled_task_trains_alike_in_one_graph(images, tmp_path, changes):
-    ended, losses = [], []
+@pytest.fixture
+def dynamo():
+    """Counters of torch.compile, at zero."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_student_trains_alike_in_one_graph(images, tmp_path, dynamo):
+    ended, losses = [], []
     for compiled in (False, True):
-        task, folder = SupervisedTask(transformer("vit_micro", depth=2)), tmp_path / str(compiled)
-        config = TrainingConfig(
-            steps=5, batch_size=16, evaluate_every=3, checkpoint_every=1, compile=compiled, **changes
-        )
+        task, folder = SupervisedTask(transformer("vit_micro", depth=1)), tmp_path / str(compiled)
+        config = TrainingConfig(steps=5, batch_size=16, evaluate_every=3, checkpoint_every=1, accumulate=2)
+        config.compile = compiled
         fit(task, images, config, seed=0, execution=CPU, folder=folder)
         ended.append(torch.cat([p.detach().flatten() for p in task.trainable.parameters()]))
         losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    torch.testing.assert_close(*ended, rtol=1e-3, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(*ended, rtol=1e-3, atol=1e-3)  # Adam's first steps have the size of the learning rate
+    assert dynamo["stats"]["unique_graphs"] == 1
+    assert not dynamo["graph_break"]
+
+
+@pytest.mark.slow
+def test_checkpointed_activations_can_be_compiled(dynamo):
+    model = transformer("vit_micro", depth=2)
+    task, given = SupervisedTask(model), batch()
+    compiled = torch.compile(task, backend="aot_eager")
+    found = []
+    with activation_checkpointing(model, compiled=True):
+        for called in (task, compiled):
+            model.zero_grad()
+            called(*given).total.backward()
+            found.append([p.grad for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert dynamo["stats"]["unique_graphs"] == 1
+    assert not dynamo["graph_break"]
