@@ -187,11 +187,14 @@ class _Run:
     def _step(self, t: int, inputs: Any, labels: Tensor) -> Outcome:
         rank = self.execution.rank
         step_seed = derive_seed(self.seed, "step", t, *(("rank", rank) if rank else ()))
-        torch.manual_seed(step_seed)
+        device = self.execution.accelerator.device
+        # torch.manual_seed also takes notes for each kind of accelerator that is not there, a stack trace each.
+        torch.default_generator.manual_seed(step_seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(step_seed)
         np.random.seed(step_seed)
         random.seed(step_seed)
         self.learning_rate.set(t)
-        device = self.execution.accelerator.device
         inputs = inputs.to(device) if isinstance(inputs, Tensor) else tuple(part.to(device) for part in inputs)
         counts = self.progress.flops_per_step is None
         shares = (t + 1) % self.config.evaluate_every == 0 and not counts
