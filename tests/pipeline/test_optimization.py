@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.registry import create_model
 from m2mkd_fast.modules.chain import ModuleChain
 from m2mkd_fast.modules.split import split
 from m2mkd_fast.modules.student import student_modules
-from m2mkd_fast.pipeline.config import TrainingConfig
+from m2mkd_fast.pipeline.config import TrainingConfig, make_config
 from m2mkd_fast.pipeline.optimization import LearningRate, create_optimizer
 
 TINY = {"embed_dim": 8, "depth": 3, "num_heads": 2, "img_size": 8, "num_classes": 4}
@@ -110,3 +111,17 @@ def test_the_rate_follows_warm_up_and_cosine_or_a_factor_times_the_scale_of_the_
     rate.set(3)
     assert rate.value == pytest.approx(0.25)
     assert made.param_groups[0]["lr"] == pytest.approx(0.25 * made.param_groups[0]["lr_scale"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("accumulate", 3, "batch_size=16 cannot be cut into pair.train.accumulate=3 equal micro-batches"),
+        ("accumulate", 0, "pair.train.accumulate must be at least 1"),
+        ("layer_decay", 1.5, "pair.train.layer_decay must be above 0 and at most 1"),
+        ("max_skipped", -1, "pair.train.max_skipped must be at least 0"),
+    ],
+)
+def test_values_that_no_step_could_use_are_named(key, value, message):
+    with pytest.raises(M2MKDError, match=message):
+        make_config([{"pair": {"train": {"batch_size": 16, key: value}}}])
