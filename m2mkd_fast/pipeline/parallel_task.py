@@ -70,15 +70,15 @@ class ParallelTask:
         if not self.sharded:
             task.to(self.device)
         elif self.fully_sharded:
-            self.task = copy.deepcopy(task)
+            self.task = copy.deepcopy(task.to("cpu"))
         else:  # what is frozen is whole in every process, and shared
-            task.frozen.to(self.device)
+            task.trainable.to("cpu")
             self.task = copy.deepcopy(task, {id(task.frozen): task.frozen})
         if self.sharded:
             self._shard(self.task, self.task.trainable)
         self.call: nn.Module = self.task
         if self.world > 1 and not self.fully_sharded:
-            self.call = self._data_parallel(self.task.to(self.device) if not self.sharded else self.task)
+            self.call = self._data_parallel(self.task)
 
     @property
     def sharded(self) -> bool:
@@ -141,7 +141,6 @@ class ParallelTask:
         # Operators on lists of tensors would refuse the mixture of meshes.
         average = ModelEmaV3(self.given.trainable, decay=decay, foreach=False)
         self._shard(average.module, average.module)
-        average.module.to(self.device)
         return average
 
     @property
@@ -186,7 +185,8 @@ class ParallelTask:
             fill(tensor, whole_tensor(sharded[name]))
 
     def _shard(self, root: nn.Module, trainable: nn.Module) -> None:
-        everyone = init_device_mesh(self.device.type, (self.world,))
+        if not self.fully_sharded:  # FSDP moves to the device what it keeps of a tensor
+            root.to(self.device)
         if self.shares_experts:
             shape = (self.world // self.parallel.experts, self.parallel.experts)
             mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "expert"))
@@ -197,9 +197,7 @@ class ParallelTask:
             if shape[0] > 1 or self.fully_sharded:
                 _fully_shard(_experts(trainable), mesh["data"])
         if self.fully_sharded:
-            _fully_shard([*_called_modules(root), root], everyone)
-        else:
-            root.to(self.device)
+            _fully_shard([*_called_modules(root), root], init_device_mesh(self.device.type, (self.world,)))
 
     def _data_parallel(self, task: Task) -> nn.Module:
         names = itertools.chain(

@@ -170,20 +170,28 @@ class TrainingState:
         return part_like(whole, places[f"model.{rest.rpartition('.')[0]}"]) if kind == "optimizer" else whole
 
     def _matching_groups(self, facts: dict[str, Any]) -> list[int]:
-        """For each of the optimiser's groups the captured one, of which several may have been made: one a mesh."""
+        """For each of the optimiser's groups a captured one with its values.
+
+        A group is split by device meshes, so one may be in several parts here or there; parts have the same values.
+        """
         names = self._parameter_names()
         captured = {name: index for index, group in enumerate(facts["groups"]) for name in group["parameters"]}
-        matching = [
-            {captured.get(names[i]) for i in group["params"]} for group in self.optimizer.state_dict()["param_groups"]
-        ]
         same_scaler = ("scaler" in facts) == (self.scaler is not None)
-        if captured.keys() != set(names) or any(len(found) != 1 for found in matching if found) or not same_scaler:
+        fits = captured.keys() == set(names) and same_scaler
+        matching = []
+        for group in self.optimizer.state_dict()["param_groups"] if fits else []:
+            found = sorted({captured[names[index]] for index in group["params"]})
+            values = [facts["groups"][index]["values"] for index in found]
+            fits = fits and all(other == values[0] for other in values)
+            matching.append(found[0] if found else 0)  # one without parameters takes any
+        if not fits:
             raise M2MKDError(
                 f"the checkpoint holds an optimiser of {len(captured)} parameters in {len(facts['groups'])} groups and "
-                f"{'a' if 'scaler' in facts else 'no'} loss scale, this run has {len(names)} in {len(matching)} and "
-                f"{'one' if self.scaler is not None else 'none'}: it is a checkpoint of another optimiser"
+                f"{'a' if 'scaler' in facts else 'no'} loss scale, this run has {len(names)} in "
+                f"{len(self.optimizer.param_groups)} and {'one' if self.scaler is not None else 'none'}: it is a "
+                "checkpoint of another optimiser"
             )
-        return [next(iter(found), 0) for found in matching]
+        return matching
 
     def _restore_optimizer(self, tensors: dict[str, Tensor], facts: dict[str, Any], matching: list[int]) -> None:
         index_of = {name: index for index, name in enumerate(self._parameter_names())}
