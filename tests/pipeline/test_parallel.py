@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run_checks
+from safetensors.torch import load_file
+from tiny_run import tiny
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -30,6 +32,7 @@ from m2mkd_fast.modules.student import student_modules
 from m2mkd_fast.pipeline.batch_source import AugmentedBatches
 from m2mkd_fast.pipeline.config import DataConfig, ParallelConfig, TrainingConfig, make_config
 from m2mkd_fast.pipeline.execution import Execution
+from m2mkd_fast.pipeline.run import run
 from m2mkd_fast.pipeline.training import fit
 
 # --- what every process runs: checks named check_..., collected below ---
@@ -161,7 +164,7 @@ def alone(make: Callable[[], Task], folder: str, **changes: Any) -> tuple[dict[s
     return train(make, by_itself(), f"{folder}-alone{dist.get_rank()}", **changes)
 
 
-def assert_same(actual: tuple, expected: tuple, *, tolerance: float = 1e-9, shares: bool = True) -> None:
+def assert_same(actual: tuple, expected: tuple, *, tolerance: float = 1e-11, shares: bool = True) -> None:
     """To rounding in float64. Adam divides by roots of tiny gradients, so weights differ more than losses do."""
     keys = {"step", "loss", "terms", "test_loss", "learning_rate"} | ({"gradient_share"} if shares else set())
     for entry, wanted in zip(actual[1], expected[1], strict=True):
@@ -211,7 +214,7 @@ def check_any_number_of_processes_goes_on() -> None:
 def check_a_foreign_checkpoint_is_refused_everywhere() -> None:
     execution = together("fsdp")
     train(supervised, execution, "foreign", 2)
-    with pytest.raises(M2MKDError, match=r"foreign.checkpoints.*another model: model\..* is \[.*delete it"):
+    with pytest.raises(M2MKDError, match=r"foreign.checkpoints: the checkpoint holds another model: .*delete it"):
         train(pair, execution, "foreign")
 
 
@@ -272,8 +275,8 @@ def check_the_meta_models_own_path() -> None:
 
 
 def check_experts_within_fsdp() -> None:
-    world = dist.get_world_size()
-    every = [together("fsdp", experts=world)] + ([together("fsdp", 2), together("ddp", 2)] if world > 2 else [])
+    """On four processes the experts of a pair of them are sharded, or replicated, over the two pairs."""
+    every = together("fsdp", experts=2), together("ddp", experts=2)
     compare("within", supervised, *every, batch_size=32, ema_decay=0.9, **MIXING)
 
 
@@ -297,7 +300,7 @@ SLOW = [
     "check_the_meta_models_own_path",
     "check_experts_within_fsdp",
 ]
-FOUR = ["check_experts_within_fsdp", "check_micro_batches"]
+FOUR = ["check_experts_within_fsdp"]
 
 
 @pytest.fixture(scope="module")
@@ -356,3 +359,22 @@ def test_the_strategy_is_one_of_two() -> None:
         make_config([{"parallel": {"strategy": "fsdp2"}}])
     with pytest.raises(M2MKDError, match="parallel.experts must be at least 1, got 0"):
         make_config([{"parallel": {"experts": 0}}])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_under_torchrun_is_that_of_one_process(tmp_path: Path) -> None:
+    """In float32, where Adam makes steps of gradients that are rounding: weights to a thousandth."""
+    common = {"arms": ["m2mkd"], "teacher__parts": 2, "student__parts": 2, "precision": "float32"}
+    run(make_config([tiny(output=str(tmp_path / "one"), **common)]), jobs=1)
+    shared = {"parallel__strategy": "fsdp", **common}
+    run(make_config([tiny(output=str(tmp_path / "two"), **shared)]), jobs=1, launcher="torchrun", processes=2)
+    for step in ("teacher", "meta", "m2mkd/pair0", "m2mkd/pair1", "m2mkd/e2e"):
+        folders = [tmp_path / name / "steps" / step for name in ("one", "two")]
+        one, two = (json.loads((folder / "result.json").read_text()) for folder in folders)
+        assert (two["steps"], two["images"]) == (one["steps"], one["images"])
+        assert two["terms"] == pytest.approx(one["terms"], rel=1e-3)
+        alone, shared = (load_file(folder / "weights.safetensors") for folder in folders)
+        assert alone.keys() == shared.keys()
+        for name, tensor in alone.items():
+            assert (shared[name] - tensor).abs().max() <= 1e-3 * tensor.abs().max().clamp(min=1e-2), f"{step}: {name}"
