@@ -8,7 +8,7 @@
 #   make gpu-bench  the benchmarks alone, at most BENCH_SECONDS together, those of BENCHES in their order
 #   make docs       the documentation site in site/, with mkdocs-material; needs no network
 #   make wheel      wheel and source distribution in dist/
-#   make soak       the property tests, many times longer
+#   make soak       the property tests many times longer, and runs killed 30 times at random points of every phase
 
 PYTHON ?= python3
 MAX_JOBS ?= 2
@@ -17,6 +17,7 @@ JOBS ?= 2
 TEST_PROCESSES ?= 2
 OUT ?= benchmarks/results/local
 SOAK_EXAMPLES ?= 5000
+SOAK_KILLS ?= 30
 # Mixtures first: a GPU run may end before the last one.
 FIRST_BENCHES := bench_expert_mlp bench_vision_moe bench_route
 BENCHES ?= $(FIRST_BENCHES) $(filter-out $(FIRST_BENCHES),$(basename $(notdir $(sort $(wildcard benchmarks/bench_*.py)))))
@@ -78,7 +79,9 @@ wheel: $(STAMP)
 	$(BIN)/python setup.py -q sdist
 
 soak: $(STAMP)
+	M2MKD_FAULT_KILLS=$(SOAK_KILLS) $(BIN)/python -m pytest -q -s tests/pipeline/test_faults.py --timeout 0
 	M2MKD_FUZZ_EXAMPLES=$(SOAK_EXAMPLES) $(BIN)/python -m pytest -q -k fuzz --timeout 0
+	@echo "each of these with up to $(SOAK_EXAMPLES) examples"
 
 clean:
 	rm -rf build dist site *.egg-info m2mkd_fast/*.so .pytest_cache .ruff_cache .hypothesis

@@ -21,6 +21,8 @@ from tiny_run import PHASE, outcome, tiny
 from m2mkd_fast.pipeline.checkpoint import Checkpoints
 from m2mkd_fast.pipeline.config import make_config
 
+pytestmark = pytest.mark.timeout(600)
+
 KILLS = int(os.environ.get("M2MKD_FAULT_KILLS", "5"))
 KILLED = -9
 STITCHES = {"stitch_init": "least_squares", "stitch_batches": 3, "stitches": "folded"}
@@ -77,16 +79,10 @@ class Undisturbed:
     def outcome(self, recipe: str = "composable") -> dict[str, tuple]:
         return outcome(self.run(recipe).folder)
 
-    def operations(self, place: str, recipe: str = "composable") -> list[str]:
-        """Those under a step's folder, or under any folder of the run."""
+    def count(self, pattern: str, recipe: str = "composable") -> int:
+        """Of file operations that match."""
         self.run(recipe)
-        return self.ended[recipe].under(place)
-
-    def at(self, step: str, pattern: str) -> Fault:
-        """A kill at the step's first operation that matches; other kinds through ``replace``."""
-        operations = self.operations(f"steps/{step}/")
-        index = next(index for index, operation in enumerate(operations) if re.search(pattern, operation))
-        return Fault("kill", f"steps/{step}/", index)
+        return len(self.ended[recipe].matching(pattern))
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +108,16 @@ def test_killed_at_random_points_of_every_phase_it_ends_the_same(undisturbed, ha
     draws, done = random.Random(6), Counter()
     rounds = starts = 0
     while done.total() < KILLS:
+        assert rounds < KILLS, "nearly no kill meets a run"
         recipe = list(RECIPES)[rounds % 2]
         run = Run(harness, tmp_path / f"run{rounds}", recipe)
         for step in STEPS[recipe]:
-            at = draws.randrange(len(undisturbed.operations(f"steps/{step}/", recipe)))
-            moment = rounds // 2 % 2 == 1
-            fault = Fault("kill later" if moment else "kill", f"steps/{step}/", at, draws.uniform(0.0, 0.3))
-            ended = run.start(fault)
-            assert ended.code == KILLED or (moment and ended.code == 0), ended.said
+            pattern = f" steps/{step}/"
+            at = draws.randrange(undisturbed.count(pattern, recipe))
+            kind = "kill later" if rounds // 2 % 2 else "kill"
+            ended = run.start(Fault(kind, pattern, at, draws.uniform(0.0, 0.3)))
+            # It ends undisturbed where it was faster, or where its lease was renewed less often.
+            assert ended.code in (KILLED, 0), ended.said
             done[f"{recipe} {step}"] += ended.code == KILLED
             starts += 1
         ended = run.start()
@@ -135,11 +133,8 @@ def test_asked_to_stop_in_every_phase_it_saves_and_goes_on(undisturbed, harness,
     """The signal comes while step 2 is written down, so training steps stop at 3, between two checkpoints."""
     run = Run(harness, tmp_path / "run")
     for step in STEPS["composable"]:
-        if step == "hybrids":
-            fault = Fault("stop", f"steps/{step}/", 0)
-        else:
-            fault = Fault("stop", f"steps/{step}/", undisturbed.at(step, r"checkpoints/00000002.json").at)
-        ended = run.start(fault)
+        pattern = "" if step == "hybrids" else "checkpoints/00000002.json"
+        ended = run.start(Fault("stop", f" steps/{step}/{pattern}"))
         assert ended.code == 75, ended.said
         assert "m2mkd: stopped: " in ended.said
         assert ended.said.endswith("; the same command goes on from there\n")
@@ -154,7 +149,7 @@ def test_asked_to_stop_in_every_phase_it_saves_and_goes_on(undisturbed, harness,
 @pytest.mark.parametrize(("step", "damage"), [("m2mkd/e2e", "a flipped bit"), ("m2mkd/pair1", "truncated")])
 def test_a_damaged_checkpoint_of_a_killed_run_is_passed_over(undisturbed, copied, step, damage):
     copied.without(step)
-    assert copied.start(undisturbed.at(step, r"\.weights\.safetensors")).code == KILLED
+    assert copied.start(Fault("kill", rf" steps/{step}/\.weights\.safetensors")).code == KILLED
     path = copied.folder / "steps" / step / "checkpoints/00000004.safetensors"
     content = bytearray(path.read_bytes())
     if damage == "truncated":
@@ -172,9 +167,8 @@ def test_a_damaged_checkpoint_of_a_killed_run_is_passed_over(undisturbed, copied
 
 def test_a_disk_that_is_full_in_the_middle_of_a_checkpoint_leaves_the_one_before(undisturbed, copied):
     copied.without("m2mkd/e2e")
-    fault = undisturbed.at("m2mkd/e2e", r"checkpoints/\.00000004\.safetensors")
-    # That operation flushes the tensors to the disk; the one before it prepares their folder.
-    ended = copied.start(Fault("full disk", fault.place, fault.at - 1))
+    # The folder is asked for before each file: for the tensors and facts of step 2, then for the tensors of step 4.
+    ended = copied.start(Fault("full disk", "os.mkdir steps/m2mkd/e2e/checkpoints$", 2))
     assert ended.code == 2, ended.said
     assert re.search(r"m2mkd: error: .*cannot write .*File too large", ended.said)
     assert "Traceback" not in ended.said
@@ -198,7 +192,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_error(harness, tmp_path):
 @pytest.mark.slow
 def test_a_loader_worker_that_dies_in_a_run_costs_a_warning(undisturbed, copied):
     copied.without("m2mkd/e2e")
-    ended = copied.start(Fault("dying loader worker", "steps/m2mkd/e2e/"), ["data.num_workers=1"])
+    ended = copied.start(Fault("dying loader worker", " steps/m2mkd/e2e/"), ["data.num_workers=1"])
     assert ended.code == 0, ended.said
     assert "a loader worker died" in ended.said
     assert outcome(copied.folder) == undisturbed.outcome()
@@ -207,7 +201,7 @@ def test_a_loader_worker_that_dies_in_a_run_costs_a_warning(undisturbed, copied)
 def test_two_launchers_of_which_one_is_killed_while_the_others_clock_jumps(undisturbed, harness, tmp_path):
     """What the dead one held is taken over, and nothing that it had finished is done again."""
     run = Run(harness, tmp_path / "run")
-    kill = Fault("kill", "steps/", len(undisturbed.operations("steps/")) // 4)
+    kill = Fault("kill", " steps/", undisturbed.count(" steps/") // 4)
     ended = harness.run_together(run.folder, [(run.command, Fault("jumping clock")), (run.command, kill)])
     assert [each.code for each in ended] == [0, KILLED], "\n\n".join(each.said for each in ended)
     finished = Counter(operation for each in ended for operation in each.operations if "result.json" in operation)
@@ -221,7 +215,7 @@ def test_killed_with_worker_processes_it_ends_the_same(undisturbed, harness, tmp
     run = Run(harness, tmp_path / "run")
     kills = 0
     for _ in range(max(4, KILLS // 3)):
-        ended = run.start(Fault("kill later", "", 0, draws.uniform(4.0, 14.0)), ["--jobs", "2"])
+        ended = run.start(Fault("kill later", seconds=draws.uniform(1.0, 10.0)), ["--jobs", "2"])
         assert ended.code in (KILLED, 0), ended.said
         kills += ended.code == KILLED
     ended = run.start(more=["--jobs", "2"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -24,15 +25,16 @@ FAULTS = ("kill", "kill later", "stop", "full disk", "jumping clock", "dying loa
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens, and where: at file operation ``at`` (0 is the first) of those under ``place`` in the folder.
+    """What happens, and where: at file operation ``at`` (0 is the first) of those that ``pattern`` is found in.
 
+    An operation is written as its audit event and the path in the run folder: ``os.rename steps/teacher/result.json``.
     ``kill``: SIGKILL. ``kill later``: SIGKILL so many ``seconds`` afterwards. ``stop``: SIGTERM. ``full disk``: from
     there on no file can be written. ``jumping clock``: from there on the wall clock goes to and fro by hours. ``dying
     loader worker``: from there on the worker that makes batch 1 dies, once.
     """
 
     kind: str
-    place: str = ""
+    pattern: str = ""
     at: int = 0
     seconds: float = 0.0
 
@@ -48,8 +50,8 @@ class Ended:
     said: str
     operations: list[str] = field(default_factory=list)
 
-    def under(self, place: str) -> list[str]:
-        return [operation for operation in self.operations if operation.partition(" ")[2].startswith(place)]
+    def matching(self, pattern: str) -> list[str]:
+        return [operation for operation in self.operations if re.search(pattern, operation)]
 
 
 class Harness:
@@ -150,9 +152,9 @@ def _watch(folder: str, noted: int, fault: Fault | None) -> None:
         path = _changed(event, arguments)
         if path is None or os.getpid() != process or not path.startswith(folder + "/"):
             return
-        place = path.removeprefix(folder + "/")
-        os.write(noted, f"{event} {place}\n".encode())
-        if fault is None or not place.startswith(fault.place):
+        operation = f"{event} {path.removeprefix(folder + '/')}"
+        os.write(noted, f"{operation}\n".encode())
+        if fault is None or not re.search(fault.pattern, operation):
             return
         count += 1
         if count == fault.at + 1:
