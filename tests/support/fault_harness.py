@@ -11,6 +11,7 @@ import os
 import random
 import re
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -132,16 +133,21 @@ def _start(folder: str, arguments: list[str], fault: dict[str, Any] | None) -> t
 
 def _wait(child: int, said: int, seen: int) -> dict[str, Any]:
     # Both to their ends: its own worker processes hold them as well, and are to be gone.
-    with os.fdopen(said, errors="replace") as file, os.fdopen(seen) as operations:
-        import threading
-
-        text: list[str] = []
-        reader = threading.Thread(target=lambda: text.append(file.read()))
-        reader.start()
-        changed = operations.read().splitlines()
-        reader.join()
+    texts = {said: b"", seen: b""}
+    reading = set(texts)
+    while reading:
+        for pipe in select.select(reading, [], [])[0]:
+            part = os.read(pipe, 1 << 16)
+            texts[pipe] += part
+            if not part:
+                reading.remove(pipe)
+                os.close(pipe)
     _, status = os.waitpid(child, 0)
-    return {"code": os.waitstatus_to_exitcode(status), "said": text[0], "operations": changed}
+    return {
+        "code": os.waitstatus_to_exitcode(status),
+        "said": texts[said].decode(errors="replace"),
+        "operations": texts[seen].decode().splitlines(),
+    }
 
 
 def _watch(folder: str, noted: int, fault: Fault | None) -> None:
