@@ -139,7 +139,8 @@ class _Run:
                 kept = self.progress.step if facts is not None else -1  # step 0 is evaluated again
                 self.metrics = MetricsFile(folder / "metrics.jsonl", kept, tracker)
         done = self.progress
-        self.meter = Meter(execution.accelerator.device, execution.autocast(), done.images, done.seconds, done.flops)
+        flops = done.flops / execution.world  # of this process, whose device has a peak of its own
+        self.meter = Meter(execution.accelerator.device, execution.autocast(), done.images, done.seconds, flops)
 
     def train(self, evaluate: Evaluate | None, stop: int) -> FitResult:
         config, progress = self.config, self.progress
@@ -206,7 +207,7 @@ class _Run:
         ):
             outcome = self.step(t, inputs, labels.to(device), shares=shares)
         if counts:
-            self.progress.flops_per_step = float(counter.get_total_flops())
+            self.progress.flops_per_step = float(counter.get_total_flops()) * self.execution.world
         if shares:
             self.progress.gradient_share = outcome.gradient_share
         return outcome
@@ -257,7 +258,7 @@ class _Run:
             entry["skipped"] = progress.skipped
         if self.scaler is not None:
             entry["loss_scale"] = self.scaler.get_scale()
-        entry |= self.meter.read(progress.images, progress.seconds, progress.flops)
+        entry |= self.meter.read(progress.images, progress.seconds, progress.flops / self.execution.world)
         if self.metrics is not None:
             self.guard()
             self.metrics.append(entry)

@@ -374,6 +374,7 @@ def test_a_run_under_torchrun_is_that_of_one_process(tmp_path: Path) -> None:
         folders = [tmp_path / name / "steps" / step for name in ("one", "two")]
         one, two = (json.loads((folder / "result.json").read_text()) for folder in folders)
         assert (two["steps"], two["images"]) == (one["steps"], one["images"])
+        assert two["flops"] == pytest.approx(one["flops"])
         assert two["terms"] == pytest.approx(one["terms"], rel=1e-3)
         alone, shared = (load_file(folder / "weights.safetensors") for folder in folders)
         assert alone.keys() == shared.keys()
