@@ -13,9 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from _paired import Ratio, Results, bootstrap_interval
+
+from m2mkd_fast.pipeline.config import load_config
+from m2mkd_fast.pipeline.run import run
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits_vmoe.yaml"
 
@@ -28,12 +32,11 @@ def distill(config: Path, folder: Path, *arguments: str) -> float:
     return time.perf_counter() - started
 
 
-def measure(config: Path = CONFIG, jobs: int = 2, pairs: int = 3, overrides: tuple[str, ...] = ()) -> Ratio:
+def measure(jobs: int, pairs: int, overrides: Sequence[str] = (), config: Path = CONFIG) -> Ratio:
     """`--jobs N` against `--jobs 1`, in turns."""
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary) / "base"
-        distill(config, base, "--slot", "0", *overrides)
-        shutil.rmtree(base / "steps" / "m2mkd")
+        run(load_config(config, [*overrides, f"output={base}"]), jobs=1, only=lambda step: step.name == "hybrids")
         times: dict[int, list[float]] = {1: [], jobs: []}
         for number in range(pairs):
             for count in (1, jobs) if number % 2 == 0 else (jobs, 1):
@@ -55,7 +58,7 @@ def main() -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     options = parser.parse_args()
     results = Results(options.json)
-    results.add(measure(options.config, options.jobs, options.pairs, tuple(options.overrides)))
+    results.add(measure(options.jobs, options.pairs, options.overrides, options.config))
 
 
 if __name__ == "__main__":

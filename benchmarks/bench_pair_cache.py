@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _paired import Ratio, Results, paired_ratio
+from _paired import Ratio, Results, paired_ratio, threads
 
 from m2mkd_fast.distill.tasks import CachedPairTask, PairTask, Task
 from m2mkd_fast.modules.state import save_module
@@ -110,8 +110,8 @@ def main() -> None:
 
 
 def measure(pairs: int) -> Ratio:
-    """The mean over all slots, in the demo's configuration, on the threads that are set."""
-    with tempfile.TemporaryDirectory() as folder:
+    """The mean over all slots, in the demo's configuration, on one thread as it has."""
+    with tempfile.TemporaryDirectory() as folder, threads(1):
         bench = prepared(CONFIG, [f"pair.cache_batches={WARM_UP + pairs}"], folder)
         make_cache(bench, "cache", print, lambda: None)
         return mean_of([measure_slot(bench, slot, pairs) for slot in range(bench.slots)])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _paired import Ratio, Results, bootstrap_interval
+from _paired import Ratio, Results, bootstrap_interval, threads
 from torch import Tensor
 
 from m2mkd_fast.distill.tasks import PairTask, SupervisedTask, Task
@@ -91,7 +91,16 @@ def bare_step(task: Task, config: TrainingConfig, execution: Execution) -> Calla
     return step
 
 
-def measure(name: str, task: Task, source: Any, config: TrainingConfig, execution: Execution, blocks: int) -> Ratio:
+def measure(phase: str, blocks: int) -> Ratio:
+    """A phase of the demo on the processor, on one thread as it has."""
+    name, task, source, training = next(each for each in demo_tasks() if each[0] == f"demo, {phase}")
+    with threads(1):
+        return against_bare(name, task, source, training, Execution("cpu", "float32"), blocks)
+
+
+def against_bare(
+    name: str, task: Task, source: Any, config: TrainingConfig, execution: Execution, blocks: int
+) -> Ratio:
     """The bare loop's time over the loop's, median of blocks of ten steps without the first three."""
     warm_up = 3  # FLOPs are counted in the first step
     config = copy.copy(config)
@@ -148,7 +157,7 @@ def main() -> None:
     results = Results(options.json)
     for name, task, source, training in demo_tasks():
         cpu = Execution("cpu", "float32")
-        results.add(measure(name, task, source, training, cpu, options.blocks))
+        results.add(against_bare(name, task, source, training, cpu, options.blocks))
         results.add(checkpoint_cost(name, task, training.checkpoint_every))
     if not torch.cuda.is_available():
         results.add("V-MoE-S on a GPU: not measured, there is none")
@@ -156,7 +165,7 @@ def main() -> None:
     execution, training = Execution("cuda", "auto"), TrainingConfig(batch_size=128)
     task = SupervisedTask(create_model("vmoe_small32.every2"))
     source = OneBatch(training.batch_size, 224, 1000, execution.accelerator.device)
-    results.add(measure("V-MoE-S/32, batch 128", task, source, training, execution, options.blocks))
+    results.add(against_bare("V-MoE-S/32, batch 128", task, source, training, execution, options.blocks))
 
 
 if __name__ == "__main__":

@@ -303,3 +303,21 @@ def test_layers_are_measured_before_and_after_apply(case):
     bench = load("bench_patch")
     for training in (False, True):
         assert bench.measure(case, images=1, training=training, pairs=1, device="cpu").speedup > 0
+
+
+def test_the_loop_is_measured_beside_a_bare_one():
+    ratio = load("bench_training_loop").measure("pair 1", blocks=1)
+    assert ratio.pairs == 1 and ratio.baseline_ms > 0 and ratio.candidate_ms > 0
+
+
+def test_pairs_are_measured_with_and_without_the_cache():
+    ratio = load("bench_pair_cache").measure(pairs=1)
+    assert ratio.speedup > 0 and ratio.flops_ratio > 1
+
+
+@pytest.mark.slow
+def test_pairs_side_by_side_are_measured_as_whole_commands():
+    phases = ("teacher.train", "meta.train", "pair.train")
+    overrides = [f"{phase}.steps=2" for phase in phases] + ["meta.max_hybrid_drop=100"]
+    ratio = load("bench_jobs").measure(2, 1, overrides)
+    assert ratio.pairs == 1 and ratio.candidate_ms > 0

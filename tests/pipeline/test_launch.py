@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import slurm_commands
 from omegaconf import OmegaConf
-from tiny_run import tiny
+from tiny_run import outcome, tiny
 
 from m2mkd_fast.cli import main
 from m2mkd_fast.errors import M2MKDError
@@ -32,13 +32,6 @@ SMALL |= {"teacher__options__depth": 2, "student__options__depth": 2}
 
 def config_of(folder: Path, **changes):
     return make_config([tiny(output=str(folder), **SMALL, **changes)])
-
-
-def outcome(folder: Path) -> dict[str, tuple]:
-    """Per step everything that must not depend on where it was done."""
-    results = (json.loads(path.read_text()) for path in sorted(folder.glob("steps/**/result.json")))
-    keys = ("weights_hash", "metrics", "terms", "steps", "images", "flops")
-    return {result["step"]: tuple(json.dumps(result.get(key)) for key in keys) for result in results}
 
 
 @pytest.fixture(scope="module")
