@@ -6,8 +6,9 @@ import fnmatch
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,16 +214,46 @@ def build_without_memory(build: Callable[[], nn.Module]) -> nn.Module:
     Some models cannot be built like that: a saved one, which comes with its values, or one that makes buffers on the
     device of its parameters (timm's Swin). Those are built whole first, which takes their memory for a moment.
     """
-    from accelerate import init_empty_weights
-
     # What is wrong beside the missing values, the second attempt says.
-    with suppress(M2MKDError, NotImplementedError, RuntimeError), init_empty_weights(include_buffers=False):
+    with suppress(M2MKDError, NotImplementedError, RuntimeError), _parameters_without_memory():
         model = build()
         if not any(buffer.is_meta for buffer in model.buffers()):
             return model
     model = build()
     _move_parameters(model, device="meta")
     return model
+
+
+_register_parameter = nn.Module.register_parameter
+_builders = threading.local()
+_patching, _patches = threading.Lock(), 0
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """What this thread's modules register as parameters goes to the meta device; other threads build as ever.
+
+    Accelerate's `init_empty_weights` does the same for all threads of the process.
+    """
+    global _patches
+    with _patching:
+        _patches += 1
+        nn.Module.register_parameter = _register_without_memory
+    _builders.active = True
+    try:
+        yield
+    finally:
+        _builders.active = False
+        with _patching:
+            _patches -= 1
+            if _patches == 0:
+                nn.Module.register_parameter = _register_parameter
+
+
+def _register_without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    _register_parameter(module, name, parameter)
+    if parameter is not None and getattr(_builders, "active", False):
+        module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
 def give_memory(*modules: nn.Module) -> None:

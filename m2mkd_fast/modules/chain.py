@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from timm.models import group_parameters
 from torch import Tensor, nn
 
 from m2mkd_fast.errors import M2MKDError
@@ -131,6 +130,8 @@ class ModuleChain(nn.Module):
 
         A module that does not say what its layers are is one layer; `coarse` makes each of them one.
         """
+        from timm.models import group_parameters  # here, because importing timm takes seconds
+
         layers = {}
         for i, stage in enumerate(self.stages):
             matcher = None if coarse else getattr(stage, "group_matcher", None)

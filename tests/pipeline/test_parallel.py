@@ -134,9 +134,10 @@ def train(
     task, split, training = make(), images(), config(**changes)
     data = DataConfig(augmentation="affine")
     source = DoubleBatches(AugmentedBatches(split, training, 3, data, "cpu", execution.shard))
+    meta = modules()[1].double()
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        whole = hybrid(task.frozen[0], task.index, model) if isinstance(task, PairTask) else model
+        whole = hybrid(meta, task.index, model) if isinstance(task, PairTask) else model
         pixels, labels = split.load(torch.arange(len(split)))
         with evaluation_mode(whole), torch.no_grad():
             loss = F.cross_entropy(whole(pixels.double()), labels)
