@@ -14,7 +14,6 @@ PYTHON ?= python3
 MAX_JOBS ?= 2
 TEST_PROCESSES ?= 2
 JOBS ?= 2
-TEST_PROCESSES ?= 2
 OUT ?= benchmarks/results/local
 SOAK_EXAMPLES ?= 5000
 SOAK_KILLS ?= 30
@@ -39,7 +38,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n $(TEST_PROCESSES) --dist loadfile --timeout 300
 
 gates: $(STAMP)
 	$(BIN)/python benchmarks/gates.py

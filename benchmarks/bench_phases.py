@@ -80,7 +80,7 @@ class PhaseStep:
 def tasks(case: Case, device: str) -> Iterator[tuple[str, int | None, Task]]:
     """Every phase's task, made when it is its turn: (phase, slot, task)."""
     torch.manual_seed(0)
-    teacher = split(timm.create_model(case.teacher).to(device), case.parts, (3, 224, 224))
+    teacher = split(timm.create_model(case.teacher, num_classes=1000).to(device), case.parts, (3, 224, 224))
     meta = meta_model(teacher).to(device)
     yield "PT", None, SupervisedTask(meta, 0.1)
     yield "meta from teacher", None, MetaFromTeacher(meta, teacher)

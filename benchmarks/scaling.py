@@ -250,6 +250,15 @@ def expert_table(steps: Steps, shape: Mixtures) -> str:
     return table(heads, rows)
 
 
+def measurement(content: dict[str, Any]) -> str:
+    """Where a file of measured steps comes from, as an item of a list."""
+    facts, batch = content["facts"], content["results"][0]["batch_size"]
+    return (
+        f"- {facts['gpu'] or facts['processor']}, {facts['threads']} threads, batch {batch}, "
+        f"torch {facts['torch']}, commit {(facts['commit'] or 'unknown')[:12]}: `{facts['command']}`"
+    )
+
+
 PAGE = """# Scaling, on paper
 
 What whole runs cost at published sizes, and what more devices make of it. Nothing on this page is a measurement of a
@@ -259,11 +268,12 @@ cluster: it is arithmetic on one device's measured steps, made by
 {command}
 ```
 
-**Measured:** seconds and operations of one training step of every phase, and its optimiser's update, on
-{machine} ({threads} threads, batch {batch}, torch {torch}, commit {commit};
-`{measured}`). No GPU has measured them yet; the same two commands make this page of a GPU's steps. All costs are
-therefore *relative*: 1 is what the student costs when it is trained whole for its {epochs} epochs on one such device
-({absolute}).
+**Measured:** seconds and operations of one training step of every phase, and its optimiser's update:
+
+{measured}
+
+No GPU has measured them yet; the same commands make this page of a GPU's steps. All costs are therefore *relative*: 1
+is what the student costs when it is trained whole for its {epochs} epochs on one such device ({absolute}).
 
 **Assumed:** epochs and batch sizes as published. A step takes images a device times seconds an image, and the update;
 the batch is shared out evenly. Communication takes no time here, and its bytes are listed for you to compare with
@@ -271,12 +281,16 @@ your network. ImageNet-1k has {images:,} images.
 
 The steps wait for each other like this. *published*: PT, then MT 0 ... L-1 side by side, then FT, then pairs 0 ... L-1
 side by side, then E2E. *composable*, with a pretrained teacher: meta model, then pairs side by side, then E2E.
+
+**How to read it:** on devices that talk for nothing, modules side by side take as long as one after another, each on
+all devices, or a little longer where the last one keeps few devices busy. What they gain is in the tables of bytes:
+small groups of devices that never talk to one another, which may stand in different places and stop at any time.
 """
 
 
-def page(content: dict[str, Any], command: str) -> str:
-    facts, results = content["facts"], content["results"]
-    cases = [Steps(case, results) for case in CASES]
+def page(contents: Sequence[dict[str, Any]], command: str) -> str:
+    """The page, of one or more files of measured steps."""
+    cases = [Steps(case, [result for content in contents for result in content["results"]]) for case in CASES]
     absolute = [
         f"{sum(hours(step, E2E[steps.case], 1) for step in steps.of(E2E[steps.case])):,.0f} h for {steps.case}"
         for steps in cases
@@ -284,12 +298,7 @@ def page(content: dict[str, Any], command: str) -> str:
     parts = [
         PAGE.format(
             command=command,
-            machine=facts["gpu"] or facts["processor"],
-            threads=facts["threads"],
-            batch=results[0]["batch_size"],
-            torch=facts["torch"],
-            commit=(facts["commit"] or "unknown")[:12],
-            measured=facts["command"],
+            measured="\n".join(map(measurement, contents)),
             epochs=" or ".join(str(E2E[steps.case].epochs) for steps in cases),
             absolute=", ".join(absolute),
             images=IMAGES,
@@ -325,11 +334,14 @@ def page(content: dict[str, Any], command: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("steps", type=Path, help="what bench_phases.py wrote")
+    parser.add_argument("steps", type=Path, nargs="+", help="what bench_phases.py wrote")
     parser.add_argument("--write", type=Path, help="the page; without it, it is printed")
     options = parser.parse_args()
-    command = f"python benchmarks/scaling.py {options.steps.as_posix()} --write docs/scaling.md"
-    text = page(json.loads(options.steps.read_text()), command)
+    files = " ".join(path.as_posix() for path in options.steps)
+    text = page(
+        [json.loads(path.read_text()) for path in options.steps],
+        f"python benchmarks/scaling.py {files} --write docs/scaling.md",
+    )
     if options.write is None:
         print(text)
     else:
