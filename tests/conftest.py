@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from processes import run_checks
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -125,6 +126,22 @@ def altered_golden(tmp_path: Path) -> Callable[[Path, str], Path]:
 def golden_manifest(golden_dir: Path) -> dict[str, Any]:
     """Names and shapes of every tensor in the published models' checkpoints, with their configurations."""
     return json.loads((golden_dir / "reference_state_manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, list[str]], dict[str, str]]:
+    """What came of a module's checks on so many processes, which are started once for a list of them."""
+    known: dict[tuple, dict[str, str]] = {}
+
+    def run(processes: int, names: list[str]) -> dict[str, str]:
+        key = (processes, *names)
+        if key not in known:
+            known[key] = run_checks(str(request.path), names, processes, tmp_path_factory.mktemp("processes"), 240)
+        return known[key]
+
+    return run
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

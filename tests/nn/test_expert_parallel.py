@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from processes import run_checks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -547,20 +546,6 @@ FOUR = ["check_tokens_choose", "check_capacity_drops_and_losses_of_groups", "che
 FOUR += ["check_uneven_batches_and_a_rank_without_tokens", "check_training_with_ddp", "check_distributed_checkpoint"]
 FOUR += ["check_a_mesh_for_data_and_experts"]
 TWO = [name for name in CHECKS if name != "check_a_mesh_for_data_and_experts"]
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, str]]:
-    """What came of the checks on so many processes, which are started once."""
-    known: dict[int, dict[str, str]] = {}
-
-    def run(processes: int, names: list[str]) -> dict[str, str]:
-        if processes not in known:
-            folder: Path = tmp_path_factory.mktemp("processes")
-            known[processes] = run_checks(__file__, names, processes, folder, timeout=240)
-        return known[processes]
-
-    return run
 
 
 @pytest.mark.timeout(300)  # the first one waits for all

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import run_checks
 from safetensors.torch import load_file
 from tiny_run import tiny
 from torch import Tensor, nn
@@ -303,21 +302,6 @@ SLOW = [
     "check_experts_within_fsdp",
 ]
 FOUR = ["check_experts_within_fsdp"]
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, list[str]], dict[str, str]]:
-    """What came of the checks on so many processes, which are started once."""
-    known: dict[tuple, dict[str, str]] = {}
-
-    def run(processes: int, names: list[str]) -> dict[str, str]:
-        key = (processes, *names)
-        if key not in known:
-            folder: Path = tmp_path_factory.mktemp("processes")
-            known[key] = run_checks(__file__, names, processes, folder, timeout=240)
-        return known[key]
-
-    return run
 
 
 @pytest.mark.timeout(300)  # the first one waits for all
