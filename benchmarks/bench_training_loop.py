@@ -104,7 +104,7 @@ def against_bare(
     """The bare loop's time over the loop's, median of blocks of ten steps without the first three."""
     warm_up = 3  # FLOPs are counted in the first step
     config = copy.copy(config)
-    config.steps = (blocks + warm_up) * LOG_EVERY
+    config.steps = (blocks + warm_up) * LOG_EVERY + 1  # a block is over when the next batch is asked for
     config.evaluate_every = config.steps + 1
     turns = InTurns(source, bare_step(copy.deepcopy(task), config, execution), execution)
     with tempfile.TemporaryDirectory() as folder:
