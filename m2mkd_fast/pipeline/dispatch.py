@@ -103,10 +103,11 @@ class _Dispatch:
                     check_hybrids(result, self.bench.config.meta.max_hybrid_drop)
 
     def _tidy(self) -> None:
-        """A process that was killed after its result was written has left its checkpoints behind."""
+        """A process that was killed after its result was written has left its checkpoints behind, or half a lease."""
         for step in self.steps:
             folder = self.bench.step_folder(step.name)
             left = pieces(folder) or (step.phase != "round" and (folder / "checkpoints").exists())
+            left = left or any((folder / "lease").glob(".*.partial"))  # goes when the lease is taken
             if step.name in self.done and left and (lease := self.leases[step.name].acquire()) is not None:
                 with lease:
                     tidy(self.bench, step)

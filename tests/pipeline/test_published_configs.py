@@ -61,9 +61,9 @@ def test_models_are_the_published_ones(name, teacher, student, tmp_path):
     pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8)
     split = TensorSplit("train", pixels, torch.tensor([0]), classes, (0.5,) * 3, (0.5,) * 3)
     bench.dataset = ImageDataset("none", [str(label) for label in range(classes)], {"train": split, "test": split})
+    chain = bench._teacher_shape[1]
     with torch.device("meta"):
-        chain, meta, modules = bench.teacher_chain(), bench.meta(), bench.student_modules()
-        model = bench.student_model()
+        meta, modules, model = bench.meta(chain), bench.student_modules(), bench.student_model()
     assert [module.depth for module in chain] == bench.config.teacher.parts
     assert len(meta) == len(modules) == len(chain)
     for made, millions in ((chain, teacher), (model, student)):
