@@ -16,8 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,17 +89,6 @@ def _ratio(name: str, baseline_times: list[float], candidate_times: list[float])
         1e3 * statistics.median(candidate_times),
         len(ratios),
     )
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many threads inside the block, for what is measured as a configuration has it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def bootstrap_interval(values: list[float], draws: int = 1000) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _paired import Ratio, Results, paired_ratio, threads
+from _paired import Ratio, Results, paired_ratio
 
 from m2mkd_fast.distill.tasks import CachedPairTask, PairTask, Task
 from m2mkd_fast.modules.state import save_module
@@ -31,6 +31,7 @@ from m2mkd_fast.ops.flops import flop_counter
 from m2mkd_fast.pipeline.batch_source import AugmentedBatches, BatchSource
 from m2mkd_fast.pipeline.caching import cached_batches, make_cache
 from m2mkd_fast.pipeline.config import load_config
+from m2mkd_fast.pipeline.execution import cpu_threads
 from m2mkd_fast.pipeline.files import write_json
 from m2mkd_fast.pipeline.training import fit
 from m2mkd_fast.pipeline.workbench import Workbench
@@ -111,7 +112,7 @@ def main() -> None:
 
 def measure(pairs: int) -> Ratio:
     """The mean over all slots, in the demo's configuration, on one thread as it has."""
-    with tempfile.TemporaryDirectory() as folder, threads(1):
+    with tempfile.TemporaryDirectory() as folder, cpu_threads(1):
         bench = prepared(CONFIG, [f"pair.cache_batches={WARM_UP + pairs}"], folder)
         make_cache(bench, "cache", print, lambda: None)
         return mean_of([measure_slot(bench, slot, pairs) for slot in range(bench.slots)])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _paired import Ratio, Results, bootstrap_interval, threads
+from _paired import Ratio, Results, bootstrap_interval
 from torch import Tensor
 
 from m2mkd_fast.distill.tasks import PairTask, SupervisedTask, Task
@@ -26,7 +26,7 @@ from m2mkd_fast.models import create_model
 from m2mkd_fast.pipeline.batch_source import AugmentedBatches
 from m2mkd_fast.pipeline.checkpoint import Checkpoints
 from m2mkd_fast.pipeline.config import TrainingConfig, load_config
-from m2mkd_fast.pipeline.execution import Execution
+from m2mkd_fast.pipeline.execution import Execution, cpu_threads
 from m2mkd_fast.pipeline.optimization import create_optimizer
 from m2mkd_fast.pipeline.training import LOG_EVERY, fit
 from m2mkd_fast.pipeline.workbench import Workbench
@@ -94,7 +94,7 @@ def bare_step(task: Task, config: TrainingConfig, execution: Execution) -> Calla
 def measure(phase: str, blocks: int) -> Ratio:
     """A phase of the demo on the processor, on one thread as it has."""
     name, task, source, training = next(each for each in demo_tasks() if each[0] == f"demo, {phase}")
-    with threads(1):
+    with cpu_threads(1):
         return against_bare(name, task, source, training, Execution("cpu", "float32"), blocks)
 
 

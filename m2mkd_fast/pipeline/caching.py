@@ -41,7 +41,8 @@ def make_cache(bench: Workbench, name: str, say: Callable[[str], None], guard: C
         say: is told what did not fit into float16.
         guard: called between shards; raises where this process may no longer write.
     """
-    maker, key, training, execution = _Maker(bench), cache_key(bench), bench.config.pair.train, bench.execution
+    maker, facts, training, execution = _Maker(bench), cache_facts(bench), bench.config.pair.train, bench.execution
+    key = _key(facts)
     batches = bench.config.pair.cache_batches or training.steps
 
     def after_shard(done: int) -> None:
@@ -51,7 +52,7 @@ def make_cache(bench: Workbench, name: str, say: Callable[[str], None], guard: C
 
     folder = bench.cache_folder(key)
     cache = FeatureCache(folder, maker.batches, say)
-    index = execution.broadcast(cache.write(batches, cache_facts(bench), after_shard, execution.shard))
+    index = execution.broadcast(cache.write(batches, facts, after_shard, execution.shard))
     return {
         "metrics": {},
         "images": batches * training.batch_size,
@@ -91,7 +92,11 @@ def cache_facts(bench: Workbench) -> dict[str, Any]:
 
 def cache_key(bench: Workbench) -> str:
     """SHA-256, in hex, of :func:`cache_facts`."""
-    return hashlib.sha256(json.dumps(cache_facts(bench), sort_keys=True).encode()).hexdigest()
+    return _key(cache_facts(bench))
+
+
+def _key(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _seed(bench: Workbench) -> int:

@@ -17,9 +17,9 @@ from torch import Tensor
 from m2mkd_fast.atomic import write_atomically, write_text_atomically
 from m2mkd_fast.errors import M2MKDError
 from m2mkd_fast.models.state import own_memory
+from m2mkd_fast.pipeline.files import sha256_of_file
 
 _NAME = re.compile(r"(?P<step>\d{8,})\.(?:safetensors|json)")
-_CHUNK = 1 << 20  # bytes read at once for a hash
 
 
 class Checkpoints:
@@ -61,7 +61,7 @@ class Checkpoints:
         def write(temporary: Path) -> None:
             nonlocal digest
             save_file(own_memory({name: tensor.detach() for name, tensor in tensors.items()}), temporary)
-            digest = _sha256(temporary)
+            digest = sha256_of_file(temporary)
 
         write_atomically(path, write)
         entry = {"step": step, "bytes": path.stat().st_size, "sha256": digest, "facts": facts}
@@ -120,7 +120,7 @@ class Checkpoints:
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise _Damaged(f"{path} is damaged ({size} bytes of {entry['bytes']})")
-        if _sha256(path) != entry["sha256"]:
+        if sha256_of_file(path) != entry["sha256"]:
             raise _Damaged(f"{path} is damaged (its SHA-256 is not the one in {record.name})")
         try:
             with safe_open(path, framework="pt") as file:
@@ -139,14 +139,6 @@ class Checkpoints:
 
 class _Damaged(Exception):
     """A checkpoint that cannot be used; the message names the file and says why."""
-
-
-def _sha256(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def _sealed(entry: dict[str, Any]) -> str:

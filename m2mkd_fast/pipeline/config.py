@@ -217,7 +217,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def make_config(layers: Sequence[dict[str, Any] | DictConfig | ListConfig]) -> RunConfig:
     """Merge mappings, later ones winning, over the recipe they name and the defaults; check every key and value."""
     layers = [OmegaConf.create(layer) if isinstance(layer, dict) else layer for layer in layers]
-    known = set(_keys(RunConfig()))
+    known = set(dict(_entries(RunConfig())))
     containers = {key: type(value) for key, value in _leaves(RunConfig()) if isinstance(value, dict | list)}
     for layer in layers:
         if not isinstance(layer, DictConfig):
@@ -317,32 +317,23 @@ def _check_training(name: str, training: TrainingConfig) -> None:
         raise M2MKDError(f"{name}.batch_size must be even with mixup or cutmix, got {training.batch_size}")
 
 
-def phases(config: Any, prefix: str = "") -> Iterator[tuple[str, TrainingConfig]]:
+def phases(config: RunConfig) -> Iterator[tuple[str, TrainingConfig]]:
     """The phases' training settings with their dotted names."""
-    for entry in fields(config):
-        value = getattr(config, entry.name)
-        if isinstance(value, TrainingConfig):
-            yield prefix + entry.name, value
-        elif is_dataclass(value):
-            yield from phases(value, f"{prefix}{entry.name}.")
+    return ((key, value) for key, value in _entries(config) if isinstance(value, TrainingConfig))
 
 
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """Keys that are no sections, dotted, with their values."""
-    for entry in fields(config):
-        value = getattr(config, entry.name)
-        if is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{entry.name}.")
-        else:
-            yield prefix + entry.name, value
+    return ((key, value) for key, value in _entries(config) if not is_dataclass(value))
 
 
-def _keys(config: Any, prefix: str = "") -> Iterator[str]:
+def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys, dotted, sections before what is in them, with their values."""
     for entry in fields(config):
         value = getattr(config, entry.name)
-        yield prefix + entry.name
+        yield prefix + entry.name, value
         if is_dataclass(value):
-            yield from _keys(value, f"{prefix}{entry.name}.")
+            yield from _entries(value, f"{prefix}{entry.name}.")
 
 
 def _check_keys(layer: Any, known: set[str], containers: dict[str, type], prefix: str = "") -> None:

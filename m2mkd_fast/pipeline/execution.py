@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -111,3 +113,14 @@ def _accelerator(device: str) -> Accelerator:
     if device not in ("auto", "cpu") and not cuda:
         raise M2MKDError(f"device {device!r} was asked for, but torch sees no CUDA device; set device=cpu or auto")
     return Accelerator(cpu=not cuda)
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """So many threads for operators on the CPU inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

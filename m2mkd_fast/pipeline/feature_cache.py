@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -18,7 +17,7 @@ from torch import Tensor
 from m2mkd_fast.atomic import write_atomically
 from m2mkd_fast.data.batches import shard_rows
 from m2mkd_fast.errors import M2MKDError
-from m2mkd_fast.pipeline.files import read_json, write_json
+from m2mkd_fast.pipeline.files import read_json, sha256_of_file, write_json
 
 FORMAT = "m2mkd_fast.features/1"
 LABELS = "labels"
@@ -146,7 +145,7 @@ class FeatureCache:
             return "is missing"
         if facts is None or feature not in facts["files"]:
             return "has no checksum"
-        return "" if _digest(path) == facts["files"][feature]["sha256"] else "is damaged (its checksum differs)"
+        return "" if sha256_of_file(path) == facts["files"][feature]["sha256"] else "is damaged (its checksum differs)"
 
     def _facts_of(self, shard: int) -> dict[str, Any] | None:
         """Checksums and sizes of a shard's files; None where they are not (intact) there."""
@@ -178,7 +177,7 @@ class FeatureCache:
 
             def write(temporary: Path, values: Tensor = values, digest: list[str] = digest) -> None:
                 save_file({"values": values}, temporary)
-                digest.append(_digest(temporary))
+                digest.append(sha256_of_file(temporary))
 
             write_atomically(path, write)
             files[name] = {"sha256": digest[0], "bytes": path.stat().st_size, "dtype": str(values.dtype)}
@@ -226,8 +225,3 @@ class CachedBatches:
         for t in range(start, stop):
             features = tuple(self.cache.read(name, t)[self.rows] for name in self.features)
             yield features, self.cache.read(LABELS, t)[self.rows]
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

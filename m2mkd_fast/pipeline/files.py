@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import time
@@ -12,9 +13,20 @@ from typing import Any
 from m2mkd_fast.atomic import write_text_atomically
 from m2mkd_fast.errors import M2MKDError
 
+_CHUNK = 1 << 20  # bytes read at once for a hash
+
 
 def write_json(path: Path, value: Any) -> None:
     write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256, in hex, of a file's bytes."""
+    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import nn
 
 from m2mkd_fast.distill.tasks import Task
 from m2mkd_fast.errors import M2MKDError
@@ -223,8 +224,7 @@ def _loss(work: _Work, pair: TeachingPair) -> float:
     losses = []
     with torch.no_grad(), execution.autocast():
         for inputs, labels in source.batches(0, _LOSS_BATCHES):
-            given = inputs.to(device) if isinstance(inputs, Tensor) else tuple(part.to(device) for part in inputs)
-            losses.append(pair.task(given, labels.to(device)).total)
+            losses.append(pair.task(*send_to_device((inputs, labels), device)).total)
     loss = execution.mean(torch.stack(losses).double().mean()).item()
     if not math.isfinite(loss):
         raise M2MKDError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from m2mkd_fast.errors import M2MKDError, UnknownNameError
 from m2mkd_fast.pipeline.config import RunConfig
 from m2mkd_fast.pipeline.dispatch import Launcher, dispatch
+from m2mkd_fast.pipeline.execution import cpu_threads
 from m2mkd_fast.pipeline.launch.in_process import InProcess
 from m2mkd_fast.pipeline.launch.torchrun import Torchrun
 from m2mkd_fast.pipeline.opening import check_same_configuration, open_run_folder
@@ -68,7 +69,7 @@ def run(
     check_same_configuration(config, folder)
     check_trackers(config.trackers)
     bench = Workbench(config, folder)
-    with ProgressDisplay(folder=folder) as display, _threads(threads):
+    with ProgressDisplay(folder=folder) as display, cpu_threads(threads):
         if launcher == "slurm":
             from m2mkd_fast.pipeline.launch.slurm import Slurm
 
@@ -125,13 +126,3 @@ def _chosen(steps: list[Step], only: Callable[[Step], bool] | None) -> list[Step
             "(arms=[...] and the number of modules decide which)"
         )
     return chosen
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

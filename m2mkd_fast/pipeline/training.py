@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from m2mkd_fast.data.image_dataset import Split
@@ -196,7 +197,7 @@ class _Run:
         np.random.seed(step_seed)
         random.seed(step_seed)
         self.learning_rate.set(t)
-        inputs = inputs.to(device) if isinstance(inputs, Tensor) else tuple(part.to(device) for part in inputs)
+        inputs, labels = send_to_device((inputs, labels), device)
         counts = self.progress.flops_per_step is None
         shares = (t + 1) % self.config.evaluate_every == 0 and not counts
         # Neither a counter of operations nor two backward passes of one graph go through compiled code.
@@ -205,7 +206,7 @@ class _Run:
             torch.compiler.set_stance("force_eager") if eager else nullcontext(),
             flop_counter() if counts else nullcontext() as counter,
         ):
-            outcome = self.step(t, inputs, labels.to(device), shares=shares)
+            outcome = self.step(t, inputs, labels, shares=shares)
         if counts:
             self.progress.flops_per_step = float(counter.get_total_flops()) * self.execution.world
         if shares:
